@@ -1,0 +1,1 @@
+"""avfast: fast audio-visual self-supervised learning."""
