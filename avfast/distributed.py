@@ -1,0 +1,55 @@
+"""The two collectives that losses over a global batch need. In a single process both do nothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes, 1 where torch.distributed is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum of a tensor without gradient over all processes, the same on each."""
+    if world_size() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        ctx.counts = counts
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.split(list(ctx.counts))[dist.get_rank()], None
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all processes in rank order, and where this process's own begin.
+
+    Args:
+        rows: ``(n, ...)``; n may differ between processes and may be 0.
+
+    Returns:
+        ``(sum of n, ...)`` and an offset. The gradient of each row is summed over processes and returned to its owner.
+    """
+    if world_size() == 1:
+        return rows, 0
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    counts[dist.get_rank()] = rows.shape[0]
+    sizes = tuple(all_sum(counts).tolist())
+    return _GatherRows.apply(rows, sizes), sum(sizes[: dist.get_rank()])

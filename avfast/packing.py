@@ -1,0 +1,146 @@
+"""Ragged token sequences as one (T, D) tensor.
+
+Masking at several ratios gives sequences of different lengths. They are stored one after another, without padding, as
+FlashAttention's variable-length functions do, and the lengths are also known on the host, so that nothing has to ask the
+device for a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+
+
+def runs(lengths: Iterable[int]) -> list[tuple[int, int]]:
+    """Consecutive equal lengths as ``(count, length)``: ``(5, 5, 3)`` gives ``[(2, 5), (1, 3)]``."""
+    return [(len(list(group)), length) for length, group in groupby(lengths)]
+
+
+def cumulative(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Sequence boundaries ``(S + 1,)`` int32, from 0 to the number of tokens."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """S token sequences stored one after another.
+
+    Args:
+        values: ``(T, ...)``, usually ``(T, D)``; the rows of sequence i are ``cu_seqlens[i]:cu_seqlens[i + 1]``.
+        lengths: the S sequence lengths, on the host. Zero is allowed.
+
+    Raises:
+        ValueError: if the lengths do not add up to T, or one is negative.
+    """
+
+    values: Tensor
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", tuple(int(n) for n in self.lengths))
+        if any(n < 0 for n in self.lengths):
+            raise ValueError(f"lengths must not be negative, got {self.lengths}")
+        if self.values.ndim < 1 or sum(self.lengths) != self.values.shape[0]:
+            raise ValueError(
+                f"lengths add up to {sum(self.lengths)} tokens, but values has shape {tuple(self.values.shape)}"
+            )
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Sequence boundaries ``(S + 1,)`` int32 on the device of ``values``."""
+        return cumulative(self.lengths, self.values.device)
+
+    @property
+    def max_length(self) -> int:
+        """Length of the longest sequence, 0 if there is none."""
+        return max(self.lengths, default=0)
+
+    def __len__(self) -> int:
+        """Number of sequences S."""
+        return len(self.lengths)
+
+    @classmethod
+    def from_list(cls, sequences: Sequence[Tensor]) -> PackedTokens:
+        """Pack a list of ``(n_i, ...)`` tensors that agree in all but the first dimension."""
+        if not sequences:
+            raise ValueError("from_list needs at least one sequence; it may be empty, of shape (0, D)")
+        return cls(torch.cat(list(sequences)), tuple(s.shape[0] for s in sequences))
+
+    def to_list(self) -> list[Tensor]:
+        """The sequences as a list of ``(n_i, ...)`` views."""
+        return list(self.values.split(list(self.lengths)))
+
+    @classmethod
+    def from_padded(cls, padded: Tensor, mask: Tensor) -> PackedTokens:
+        """Pack the rows of ``padded`` ``(B, N, ...)`` where ``mask`` ``(B, N)`` bool is True.
+
+        Reads the lengths from the mask, so it waits for the device.
+        """
+        if mask.shape != padded.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be bool of shape {tuple(padded.shape[:2])}, got {mask.dtype} of {tuple(mask.shape)}"
+            )
+        return cls(padded[mask], tuple(mask.sum(1).tolist()))
+
+    def to_padded(self, value: float = 0.0) -> tuple[Tensor, Tensor]:
+        """``(B, N, ...)`` filled up with ``value`` to the longest sequence, and the mask ``(B, N)`` of real tokens."""
+        steps = torch.arange(self.max_length, device=self.values.device)
+        mask = steps < torch.tensor(self.lengths, device=self.values.device)[:, None]
+        shape = (len(self), self.max_length, *self.values.shape[1:])
+        padded = self.values.new_full(shape, value)
+        return padded.masked_scatter(mask.view(*mask.shape, *[1] * (self.values.ndim - 1)), self.values), mask
+
+    @classmethod
+    def from_nested(cls, nested: Tensor) -> PackedTokens:
+        """From a jagged ``torch.nested`` tensor; reads its lengths, so it waits for the device."""
+        if not (nested.is_nested and nested.layout == torch.jagged):
+            raise ValueError("from_nested takes a nested tensor with layout=torch.jagged")
+        return cls.from_list(list(nested.unbind()))
+
+    def to_nested(self) -> Tensor:
+        """A jagged ``torch.nested`` tensor over the same values."""
+        return torch.nested.nested_tensor_from_jagged(self.values, offsets=self.cu_seqlens.long())
+
+    @classmethod
+    def cat(cls, parts: Sequence[PackedTokens]) -> PackedTokens:
+        """All sequences of all parts, one after another."""
+        return cls(torch.cat([p.values for p in parts]), tuple(n for p in parts for n in p.lengths))
+
+    def split(self, counts: Sequence[int]) -> list[PackedTokens]:
+        """Undo :meth:`cat`: ``counts`` sequences each. ``counts`` must add up to S."""
+        if sum(counts) != len(self):
+            raise ValueError(f"counts {tuple(counts)} add up to {sum(counts)}, but there are {len(self)} sequences")
+        bounds = [0, *accumulate(counts)]
+        lengths = [self.lengths[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        values = self.values.split([sum(part) for part in lengths])
+        return [PackedTokens(v, part) for v, part in zip(values, lengths, strict=True)]
+
+    def join(self, other: PackedTokens) -> PackedTokens:
+        """Sequence i of the result is sequence i of ``self`` followed by sequence i of ``other``."""
+        if len(self) != len(other):
+            raise ValueError(f"join needs equally many sequences, got {len(self)} and {len(other)}")
+        pairs = zip(self.to_list(), other.to_list(), strict=True)
+        lengths = tuple(a + b for a, b in zip(self.lengths, other.lengths, strict=True))
+        return PackedTokens(torch.cat([part for pair in pairs for part in pair]), lengths)
+
+    def unjoin(self, lengths: Sequence[int]) -> tuple[PackedTokens, PackedTokens]:
+        """Undo :meth:`join`: the first ``lengths[i]`` tokens of each sequence, and the rest."""
+        if len(lengths) != len(self) or any(a > n for a, n in zip(lengths, self.lengths, strict=True)):
+            raise ValueError(f"cannot take {tuple(lengths)} leading tokens from sequences of {self.lengths}")
+        rest = [n - a for a, n in zip(lengths, self.lengths, strict=True)]
+        parts = self.values.split([n for pair in zip(lengths, rest, strict=True) for n in pair])
+        return PackedTokens(torch.cat(parts[::2]), tuple(lengths)), PackedTokens(torch.cat(parts[1::2]), tuple(rest))
+
+    def mean(self) -> Tensor:
+        """Mean of each sequence, ``(S, ...)``; an empty sequence gives zeros."""
+        groups = runs(self.lengths)
+        parts = self.values.split([count * length for count, length in groups])
+        means = [
+            part.unflatten(0, (count, length)).mean(1) if length else part.new_zeros(count, *part.shape[1:])
+            for part, (count, length) in zip(parts, groups, strict=True)
+        ]
+        return torch.cat(means) if means else self.values.new_zeros(0, *self.values.shape[1:])
