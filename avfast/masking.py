@@ -100,7 +100,7 @@ def keep_patches(
         ratio: share of masked patches.
         generator: source of randomness.
         structure: ``"time"`` masks whole columns first, ``"frequency"`` whole rows, ``"time_frequency"`` both at 0.7 of the
-            ratio each (CAV-MAE, section 4.5); the exact number is made up with single patches.
+            ratio each, as the released CAV-MAE and AVSiam do; single patches make up the exact number.
 
     Returns:
         ``(num_kept(rows * columns, ratio),)`` int64.

@@ -1,0 +1,19 @@
+"""Modules over :mod:`avfast.ops`, with timm's argument and parameter names."""
+
+from avfast.nn.block import Mlp, PackedAttention, PackedBlock
+from avfast.nn.decoder import JointDecoder
+from avfast.nn.norm import SplitLayerNorm
+from avfast.nn.patch_embed import PatchEmbed, patchify, unpatchify
+from avfast.nn.pos_embed import sincos_2d
+
+__all__ = [
+    "JointDecoder",
+    "Mlp",
+    "PackedAttention",
+    "PackedBlock",
+    "PatchEmbed",
+    "SplitLayerNorm",
+    "patchify",
+    "sincos_2d",
+    "unpatchify",
+]

@@ -1,0 +1,85 @@
+"""The joint audio-visual decoder of CAV-MAE and AVSiam."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from avfast.masking import Kept
+from avfast.nn.block import PackedBlock
+from avfast.nn.pos_embed import sincos_2d
+from avfast.ops import AttentionPlan
+
+
+class JointDecoder(nn.Module):
+    """Predicts the patches of both modalities from the fused tokens of the kept ones.
+
+    A mask token stands in for every patch that was not kept; positions and a vector per modality are added; dense
+    transformer blocks run over all audio and visual positions of an instance together.
+
+    Args:
+        dim: width of the incoming tokens.
+        decoder_dim: width of the decoder.
+        depth: blocks.
+        num_heads: heads of a block.
+        audio_grid: (frequency, time) patches.
+        visual_grid: (rows, columns) patches.
+        audio_patch: values per audio patch.
+        visual_patch: values per visual patch.
+        mlp_ratio: of the blocks.
+        eps: of the LayerNorms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        decoder_dim: int,
+        depth: int,
+        num_heads: int,
+        audio_grid: tuple[int, int],
+        visual_grid: tuple[int, int],
+        audio_patch: int,
+        visual_patch: int,
+        mlp_ratio: float = 4.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.num_audio, self.num_visual = audio_grid[0] * audio_grid[1], visual_grid[0] * visual_grid[1]
+        self.embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.modality_a = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.modality_v = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        for vector in (self.mask_token, self.modality_a, self.modality_v):
+            nn.init.normal_(vector, std=0.02)
+        self.pos_embed_a = nn.Parameter(sincos_2d(decoder_dim, audio_grid)[None])
+        self.pos_embed_v = nn.Parameter(sincos_2d(decoder_dim, visual_grid)[None])
+        self.blocks = nn.ModuleList(
+            PackedBlock(decoder_dim, num_heads, mlp_ratio, qkv_bias=True, eps=eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(decoder_dim, eps=eps)
+        self.pred_a = nn.Linear(decoder_dim, audio_patch)
+        self.pred_v = nn.Linear(decoder_dim, visual_patch)
+
+    def forward(self, audio: Tensor, visual: Tensor, kept_a: Kept, kept_v: Kept) -> tuple[Tensor, Tensor]:
+        """Decode.
+
+        Args:
+            audio: ``(Ta, D)`` fused tokens of the kept audio patches, in the order of ``kept_a``.
+            visual: ``(Tv, D)`` likewise.
+            kept_a: which patches they are.
+            kept_v: likewise.
+
+        Returns:
+            Predictions ``(B, Na, Pa)`` and ``(B, Nv, Pv)`` for all patches.
+        """
+        batch, total = len(kept_a.lengths), self.num_audio + self.num_visual
+        tokens = self.embed(torch.cat([audio, visual]))
+        places = torch.cat([kept_a.rows * total + kept_a.ids, kept_v.rows * total + self.num_audio + kept_v.ids])
+        x = self.mask_token.to(tokens.dtype).expand(batch, total, -1).flatten(0, 1).index_copy(0, places, tokens)
+        positions = torch.cat([self.pos_embed_a + self.modality_a, self.pos_embed_v + self.modality_v], 1)
+        x = (x.unflatten(0, (batch, total)) + positions).flatten(0, 1)
+        plan = AttentionPlan.of((total,) * batch)
+        for block in self.blocks:
+            x = block(x, plan)
+        x = self.norm(x).unflatten(0, (batch, total))
+        return self.pred_a(x[:, : self.num_audio]), self.pred_v(x[:, self.num_audio :])
