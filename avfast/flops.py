@@ -1,0 +1,107 @@
+"""Counts the floating point operations of a call, by running it once on any device, `meta` included.
+
+Convention: the arithmetic the mathematics asks for, 2 FLOP per multiply-add, in matrix products, convolutions and
+attention; pointwise operations, reductions and softmax count nothing. The backward pass of attention counts four matrix
+products, twice its forward pass, whichever implementation runs: PyTorch's own counter charges five to the fused ones,
+which recompute the scores, and four to the plain one, and it charges nothing at all to the fused one of the CPU. So a
+block counts the same on the CPU, on `meta` and on a GPU. What activation checkpointing runs twice is counted twice.
+
+Operators of this library register their formula with `torch.utils.flop_counter.register_flop_formula(op, get_raw=True)`
+beside their definition; an operator is opaque to the counter, so what its body runs is not counted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["breakdown", "count"]
+
+# Five equal matrix products in PyTorch's formula, of which one recomputes the scores.
+_FUSED_BACKWARDS = (
+    "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward",
+    "_scaled_dot_product_cudnn_attention_backward",
+    "_flash_attention_backward",
+    "_efficient_attention_backward",
+)
+
+
+def count(fn: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> int:
+    """FLOPs of `fn(*args, **kwargs)`.
+
+    Args:
+        fn: a module or any callable. It is run once, as it stands: in the gradient mode it is called in, with its
+            random draws; on meta tensors no arithmetic happens, and anything that asks for values raises.
+        backward: also run, and count, the backward pass of the result, which must be a scalar tensor or an object
+            with a scalar `.loss`. Gradients accumulate in `.grad` as in any backward pass.
+
+    Raises:
+        TypeError: `backward` is set and the result is neither.
+        ValueError: `backward` is set and the loss is not a scalar or carries no gradient.
+    """
+    return sum(breakdown(fn, *args, backward=backward, **kwargs).values())
+
+
+def breakdown(fn: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> dict[str, int]:
+    """As `count`, by operator: `{"aten.addmm": 123, ...}`, largest first."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where there is one
+
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        result = fn(*args, **kwargs)
+        if backward:
+            _loss(result).backward()
+    counts = {str(op): int(flops) for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _loss(result: Any) -> torch.Tensor:
+    loss = result if isinstance(result, torch.Tensor) else getattr(result, "loss", None)
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(f"backward=True needs a scalar tensor or an object with .loss, got {type(result).__name__}")
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            f"backward=True needs a scalar that requires grad, got shape {tuple(loss.shape)}, "
+            f"requires_grad={loss.requires_grad}"
+        )
+    return loss
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    from torch.utils.flop_counter import flop_registry
+
+    aten = torch.ops.aten
+    formulas: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _raw(_attention),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _raw(_attention_backward),
+    }
+    for name in _FUSED_BACKWARDS:
+        op = getattr(aten, name, None)
+        if op in flop_registry:
+            formulas[op] = _raw(_without_recomputation(flop_registry[op]))
+    return formulas
+
+
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    """Marks a formula as one that takes the operator's own arguments, tensors included."""
+    formula._get_raw = True  # type: ignore[attr-defined]
+    return formula
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def _attention_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * _attention(q, k, v)
+
+
+def _without_recomputation(formula: Callable[..., int]) -> Callable[..., int]:
+    def four_of_five(*args: Any, **kwargs: Any) -> int:
+        return formula(*args, **kwargs) * 4 // 5
+
+    return four_of_five
