@@ -49,10 +49,17 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return wrapper
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Floating-point memory that avfast allocates uninitialised holds NaN, so an element nobody wrote is seen."""
+def poison() -> None:
+    """Floating-point memory that avfast allocates uninitialised holds NaN, so an element nobody wrote is seen.
+
+    Once and for all rather than per test: PyTorch keeps tables of its own functions, built on first use.
+    """
+    with torch.device("cpu"):
+        torch.empty(0)  # builds the table of what a device context redirects, which must hold the originals
     for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+        setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
-        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+        setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+poison()
