@@ -1,0 +1,198 @@
+"""Scenes as pixels: shapes are implicit functions, so frames and masks render at any time, crop and size."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+
+from .scene import Scene, Source
+
+HUES = ((-0.01, 0.12), (0.50, 0.66))  # of the two colours, slowest to fastest vibrato; in turns
+FLASH_SECONDS = 0.12
+Array = np.ndarray
+
+
+def _disc(u: Array, v: Array) -> Array:
+    return np.hypot(u, v) - 0.95
+
+
+def _ring(u: Array, v: Array) -> Array:
+    return np.abs(np.hypot(u, v) - 0.74) - 0.22
+
+
+def _square(u: Array, v: Array) -> Array:
+    return np.maximum(np.abs(u), np.abs(v)) - 0.82
+
+
+def _triangle(u: Array, v: Array) -> Array:
+    return np.maximum(0.866 * np.abs(u) - 0.5 * (v - 0.2), v - 0.2 - 0.25) - 0.4
+
+
+def _cross(u: Array, v: Array) -> Array:
+    u, v = np.abs(u), np.abs(v)
+    return np.maximum(np.maximum(u, v) - 0.95, np.minimum(u, v) - 0.3)
+
+
+def _flower(u: Array, v: Array) -> Array:
+    return 0.7 * (np.hypot(u, v) - 0.64 - 0.34 * np.cos(5 * np.arctan2(u, -v)))
+
+
+def _hourglass(u: Array, v: Array) -> Array:
+    u, v = np.abs(u), np.abs(v)
+    return np.maximum(v - 0.92, 0.8 * (u - 0.1 - 0.75 * v))
+
+
+def _crescent(u: Array, v: Array) -> Array:
+    return np.maximum(np.hypot(u, v) - 0.95, 0.68 - np.hypot(u - 0.5, v))
+
+
+# Textures give 0 (dark) to 1 (bright) at a point of the unit circle.
+def _radial(u: Array, v: Array) -> Array:
+    return 1 - 0.8 * np.minimum(np.hypot(u, v), 1) ** 2
+
+
+def _plain(u: Array, v: Array) -> Array:
+    return np.ones_like(u)
+
+
+def _checks(u: Array, v: Array) -> Array:
+    return (np.sin(5.0 * u) * np.sin(5.0 * v) > 0).astype(u.dtype)
+
+
+def _rows(u: Array, v: Array) -> Array:
+    return 0.5 + 0.5 * np.sin(9 * v)
+
+
+def _diagonals(u: Array, v: Array) -> Array:
+    return 0.5 + 0.5 * np.sin(6 * (u + v))
+
+
+def _dark_heart(u: Array, v: Array) -> Array:
+    return (np.hypot(u, v) > 0.4).astype(u.dtype)
+
+
+def _columns(u: Array, v: Array) -> Array:
+    return 0.5 + 0.5 * np.sin(9 * u)
+
+
+def _fade(u: Array, v: Array) -> Array:
+    return np.clip(0.5 + 0.6 * v, 0, 1)
+
+
+LOOKS = (  # one shape and texture per instrument, in the order of INSTRUMENTS
+    (_disc, _radial),
+    (_ring, _plain),
+    (_square, _checks),
+    (_triangle, _rows),
+    (_cross, _diagonals),
+    (_flower, _dark_heart),
+    (_hourglass, _columns),
+    (_crescent, _fade),
+)
+
+
+def colour(source: Source) -> Array:
+    """RGB of the object at full brightness, each 0 to 1."""
+    low, high = HUES[source.colour]
+    return np.array(colorsys.hsv_to_rgb((low + source.vibrato * (high - low)) % 1, 0.9, 1.0), dtype=np.float32)
+
+
+def _local(scene: Scene, source: Source, time: float, x: Array, y: Array) -> tuple[Array, Array]:
+    """Frame pixels x (W,) and y (H,) in units of the object's circle: (1, W) and (H, 1)."""
+    radius = source.radius * min(scene.width, scene.height)
+    u = (x - source.x * scene.width) / radius
+    v = (y - source.height(time, scene.seconds) * scene.height) / radius
+    return u[None, :], v[:, None]
+
+
+def mask(
+    scene: Scene, time: float, size: tuple[int, int], crop: tuple[float, float, float, float] | None, source: int
+) -> Array:
+    """See Scene.mask. Raises ValueError for an empty crop, IndexError for a source that is not there."""
+    left, top, right, bottom = crop if crop is not None else (0.0, 0.0, 1.0, 1.0)
+    if not (left < right and top < bottom):
+        raise ValueError(f"crop must be (left, top, right, bottom) with left < right and top < bottom, got {crop}")
+    if not 0 <= source < len(scene.sources):
+        raise IndexError(f"scene {scene.id} has {len(scene.sources)} sources, got source={source}")
+    rows, columns = size
+    x = (left + (np.arange(columns) + 0.5) / columns * (right - left)) * scene.width
+    y = (top + (np.arange(rows) + 0.5) / rows * (bottom - top)) * scene.height
+    visible = np.zeros((rows, columns), dtype=bool)
+    order = _back_to_front(scene)
+    if source in order:
+        visible = _inside(scene, source, time, x, y)
+        for other in order[order.index(source) + 1 :]:
+            visible &= ~_inside(scene, other, time, x, y)
+    return visible
+
+
+def _back_to_front(scene: Scene) -> list[int]:
+    indices = [k for k, source in enumerate(scene.sources) if source.on_screen]
+    return sorted(indices, key=lambda k: scene.sources[k].sounding)
+
+
+def _inside(scene: Scene, index: int, time: float, x: Array, y: Array) -> Array:
+    source = scene.sources[index]
+    u, v = _local(scene, source, time, x, y)
+    return LOOKS[source.instrument][0](u, v) < 0
+
+
+class Renderer:
+    """Frames of one scene; keeps the background's texture between calls."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.texture = _texture(scene)
+
+    def frame(self, time: float) -> Array:
+        """The picture at ``time``: (height, width, 3) uint8."""
+        scene = self.scene
+        shift = (round(scene.drift[1] * time * scene.height), round(scene.drift[0] * time * scene.width))
+        image = np.roll(self.texture, shift, axis=(0, 1))
+        for index in _back_to_front(scene):
+            self._paint(image, scene.sources[index], time)
+        return (image * 255 + 0.5).astype(np.uint8)
+
+    def _paint(self, image: Array, source: Source, time: float) -> None:
+        scene = self.scene
+        radius = source.radius * min(scene.width, scene.height)
+        reach = radius + 1
+        centre_x, centre_y = source.x * scene.width, source.height(time, scene.seconds) * scene.height
+        x0, x1 = max(int(centre_x - reach), 0), min(int(centre_x + reach) + 2, scene.width)
+        y0, y1 = max(int(centre_y - reach), 0), min(int(centre_y + reach) + 2, scene.height)
+        if x0 >= x1 or y0 >= y1:
+            return
+        x = np.arange(x0, x1, dtype=np.float32) + np.float32(0.5)
+        y = np.arange(y0, y1, dtype=np.float32) + np.float32(0.5)
+        u, v = _local(scene, source, time, x, y)
+        shape, texture = LOOKS[source.instrument]
+        cover = np.clip(0.5 - shape(u, v) * radius, 0, 1)[..., None]
+        shade = source.brightness * (0.55 + 0.45 * texture(u, v))[..., None] * colour(source)
+        shade = shade + flash(source, time) * (1 - shade)
+        patch = image[y0:y1, x0:x1]
+        patch += cover * (shade - patch)
+
+
+def flash(source: Source, time: float) -> float:
+    """How much white is mixed in at ``time``: 0.6 at an onset, fading; both articulations flash alike."""
+    since = [time - onset for onset in source.onsets if onset <= time]
+    return 0.6 * float(np.exp(-min(since) / FLASH_SECONDS)) if since else 0.0
+
+
+def _texture(scene: Scene) -> Array:
+    """Periodic noise, coarse for brown ambient noise and fine for violet, tinted purple to green: (H, W, 3) in 0-1."""
+    rng = np.random.default_rng([scene.seed, 0])
+    down = np.fft.fftfreq(scene.height)[:, None]
+    across = np.fft.rfftfreq(scene.width)[None, :]
+    frequency = np.hypot(down, across)
+    frequency[0, 0] = 1.0
+    amplitude = np.clip(frequency, 2 / min(scene.height, scene.width), None) ** (-2.2 + 2.0 * scene.background)
+    amplitude[0, 0] = 0
+    grain = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((scene.height, scene.width))) * amplitude)
+    grain = grain[: scene.height, : scene.width]
+    grain = np.clip(grain / grain.std(), -2.5, 2.5)
+    purple, green = np.array([0.34, 0.20, 0.38]), np.array([0.20, 0.36, 0.22])
+    tint = purple + scene.background * (green - purple)
+    level = 1 + rng.uniform(-0.15, 0.15)
+    return np.clip(tint * level * (1 + 0.22 * grain[..., None]), 0, 1).astype(np.float32)

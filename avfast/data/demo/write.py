@@ -1,0 +1,187 @@
+"""Scenes as files: H.264 or MPEG-4 pictures and AAC sound in mp4, manifests, and the cache they lie in."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .sampling import SPLITS, Preset, sample
+from .scene import Scene, class_names, read_scenes, write_scenes
+
+VERSION = 1  # raise it whenever the same arguments give other clips
+CLIPS = "clips"
+
+
+def write_clip(scene: Scene, path: str | os.PathLike[str]) -> None:
+    """Renders and encodes one scene. The audio of the decoded file starts with the first sample of ``scene.waves()``."""
+    import av
+
+    with av.open(os.fspath(path), "w", format="mp4") as container:
+        # H.264 where the wheel has it; MPEG-4 part 2 is in every FFmpeg. No B-frames: the first frame stays at 0.
+        if "libx264" in av.codecs_available:
+            options = {"preset": "superfast", "crf": "18", "bf": "0", "threads": "1"}
+            video: Any = container.add_stream("libx264", rate=scene.fps, options=options)
+        else:
+            video = container.add_stream("mpeg4", rate=scene.fps, options={"qscale": "3", "flags": "+qscale"})
+        video.width, video.height, video.pix_fmt = scene.width, scene.height, "yuv420p"
+        video.gop_size = scene.fps
+        audio: Any = container.add_stream("aac", rate=scene.sample_rate, options={"aac_coder": "fast"})
+        audio.layout = "mono"
+        audio.bit_rate = 4 * scene.sample_rate
+        for index, picture in enumerate(scene.frames()):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = index
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        # The encoder puts 1024 samples of silence in front; the mp4 edit list makes every decoder drop them again.
+        sound = av.AudioFrame.from_ndarray(scene.waves().mixture[None], format="fltp", layout="mono")
+        sound.sample_rate = scene.sample_rate
+        sound.pts = 0
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode(None))
+
+
+def cache_folder(preset: Preset, seed: int, root: str | os.PathLike[str] | None) -> Path:
+    """``<root>/<name>-<hash>``, the hash taken over the generator's version and all arguments."""
+    if root is None:
+        root = Path(os.environ.get("AVFAST_CACHE") or "~/.cache/avfast").expanduser() / "demo"
+    arguments = json.dumps({"version": VERSION, "seed": seed, **asdict(preset)}, sort_keys=True)
+    return Path(root) / f"{preset.name}-{hashlib.sha256(arguments.encode()).hexdigest()[:12]}"
+
+
+def build_folder(preset: Preset, seed: int, folder: Path, workers: int, progress: bool) -> None:
+    """Fills ``folder`` unless it exists. It appears complete or not at all, whoever is interrupted or builds as well."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder.with_name(f".{folder.name}.lock")):
+        if folder.exists():
+            return
+        for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            work.chmod(0o755)
+            _fill(work, preset, seed, workers, progress)
+            try:
+                work.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process without our lock was first
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One builder at a time on a machine; where files cannot be locked the first rename wins."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fill(work: Path, preset: Preset, seed: int, workers: int, progress: bool) -> None:
+    scenes = []
+    with open(work / "classes.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(("index", "mid", "display_name"))
+        rows.writerows((index, _mid(index), name) for index, name in enumerate(class_names()))
+    for split in SPLITS:
+        part = sample(preset, split, seed)
+        scenes += part
+        write_scenes(work / f"{split}.jsonl", part)
+        with open(work / f"{split}.json", "w", encoding="utf-8") as file:
+            json.dump({"data": [_entry(scene) for scene in part]}, file, indent=1)
+    (work / CLIPS).mkdir()
+    if workers <= 1:
+        for scene in _bar(scenes, progress, preset.name):
+            write_clip(scene, work / CLIPS / f"{scene.id}.mp4")
+    else:
+        _fill_clips(work, len(scenes), workers, progress, preset.name)
+
+
+def _mid(index: int) -> str:
+    return f"/m/demo{index:02d}"
+
+
+def _entry(scene: Scene) -> dict[str, str]:
+    path = f"{CLIPS}/{scene.id}.mp4"
+    return {
+        "video_id": scene.id,
+        "wav": path,
+        "video_path": path,
+        "labels": ",".join(_mid(label) for label in scene.labels),
+    }
+
+
+def _bar(iterable: Any, progress: bool, name: str, **options: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(iterable, desc=f"writing demo clips ({name})", unit="clip", disable=not progress, mininterval=1.0, **options)
+
+
+def _fill_clips(work: Path, total: int, workers: int, progress: bool, name: str) -> None:
+    """Spreads the clips over processes, which are plain ones: multiprocessing would run the user's script again.
+
+    They import this package from its own folder, without avfast and so without torch, which takes seconds to load.
+    """
+    package = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
+    logs = [tempfile.TemporaryFile() for _ in range(workers)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"{package.name}.write", str(work), str(worker), str(workers)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        for worker, log in enumerate(logs)
+    ]
+    try:
+        with _bar(None, progress, name, total=total) as bar:
+            running = True
+            while running:
+                codes = [process.poll() for process in processes]
+                running = None in codes
+                bar.update(sum(1 for _ in (work / CLIPS).iterdir()) - bar.n)
+                for code, log in zip(codes, logs, strict=True):
+                    if code:
+                        log.seek(0)
+                        raise RuntimeError(f"writing demo clips failed:\n{log.read().decode(errors='replace')[-2000:]}")
+                time.sleep(0.1 if running else 0)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+            process.wait()
+        for log in logs:
+            log.close()
+
+
+def _work(folder: str, worker: int, workers: int) -> None:
+    scenes: Sequence[Scene] = [scene for split in SPLITS for scene in read_scenes(Path(folder) / f"{split}.jsonl")]
+    for scene in scenes[worker::workers]:
+        write_clip(scene, Path(folder) / CLIPS / f"{scene.id}.mp4")
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
