@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Structure = Literal["unstructured", "time", "frequency", "time_frequency"]
 STRUCTURES = ("unstructured", "time", "frequency", "time_frequency")
@@ -57,6 +59,8 @@ class DrawKey:
 
     def generator(self, stream: str, position: int) -> np.random.Generator:
         """Philox keyed by (seed, stream) and counted from (step, position)."""
+        import numpy as np
+
         key = np.array([self.seed, zlib.crc32(stream.encode())], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position, self.step]))
 
@@ -105,8 +109,11 @@ def keep_patches(
     Returns:
         ``(num_kept(rows * columns, ratio),)`` int64.
     """
+    import numpy as np
+
     if structure not in STRUCTURES:
         raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
+
     rows, columns = grid
     noise = generator.random((rows, columns))
     share = 0.7 if structure == "time_frequency" else 1.0
@@ -120,48 +127,65 @@ def keep_patches(
 
 @dataclass(frozen=True)
 class Kept:
-    """Kept patches of a batch of B instances, ragged and packed in an order of their own.
+    """Kept patches of a batch of B instances, ragged; instances are packed longest first.
 
     Args:
         ids: ``(T,)`` int64 patch ids.
         rows: ``(T,)`` int64 batch row of each id.
         inverse: ``(B,)`` int64 place of each batch row in the packed order.
-        lengths: kept patches per packed sequence.
+        lengths: kept patches per packed sequence, on the host.
+        order: batch row of each packed sequence, on the host.
     """
 
     ids: Tensor
     rows: Tensor
     inverse: Tensor
     lengths: tuple[int, ...]
+    order: tuple[int, ...]
 
     @classmethod
-    def pack(cls, keep: Sequence[Tensor] | Tensor, order: Sequence[int] | None = None) -> Kept:
-        """From one 1-D tensor of patch ids per instance (or a ``(B, K)`` tensor), packed in ``order``."""
-        order = list(range(len(keep)) if order is None else order)
+    def pack(cls, keep: Sequence[Tensor] | Tensor) -> Kept:
+        """From one 1-D int64 tensor of patch ids per instance, or a ``(B, K)`` tensor."""
+        order = sorted(range(len(keep)), key=lambda i: -len(keep[i]))
         ids = torch.cat([keep[i] for i in order]) if order else torch.zeros(0, dtype=torch.int64)
         lengths = [len(keep[i]) for i in order]
         places = torch.tensor(order, dtype=torch.int64)
         rows = places.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-        return cls(ids, rows.to(ids.device), places.argsort().to(ids.device), tuple(lengths))
+        return cls(ids, rows.to(ids.device), places.argsort().to(ids.device), tuple(lengths), tuple(order))
 
     @classmethod
     def all(cls, batch_size: int, num_patches: int, device: torch.device | str | None = None) -> Kept:
         """Every patch of every instance."""
         ids = torch.arange(num_patches, device=device).repeat(batch_size)
         rows = torch.arange(batch_size, device=device)
-        return cls(ids, rows.repeat_interleave(num_patches), rows, (num_patches,) * batch_size)
+        return cls(ids, rows.repeat_interleave(num_patches), rows, (num_patches,) * batch_size, tuple(range(batch_size)))
+
+    def __len__(self) -> int:
+        """Number of instances B."""
+        return len(self.lengths)
 
     def to(self, device: torch.device | str) -> Kept:
         """The same on another device."""
         moved = [x.to(device, non_blocking=True) for x in (self.ids, self.rows, self.inverse)]
-        return Kept(moved[0], moved[1], moved[2], self.lengths)
+        return Kept(moved[0], moved[1], moved[2], self.lengths, self.order)
+
+    def batch_lengths(self) -> list[int]:
+        """Kept patches per instance, in batch order."""
+        lengths = [0] * len(self)
+        for row, length in zip(self.order, self.lengths, strict=True):
+            lengths[row] = length
+        return lengths
 
     def to_list(self) -> list[Tensor]:
         """The ids of each instance, in batch order."""
         parts = self.ids.split(list(self.lengths))
-        return [parts[i] for i in self.inverse.tolist()]
+        return [parts[self.order.index(i)] for i in range(len(self))]
+
+    def flat(self, num_patches: int) -> Tensor:
+        """``(T,)`` entries of the flattened (B, num_patches) patch list."""
+        return self.rows * num_patches + self.ids
 
     def masked(self, num_patches: int) -> Tensor:
         """``(B, num_patches)`` bool: True where a patch is not kept."""
-        mask = torch.ones(len(self.lengths) * num_patches, dtype=torch.bool, device=self.ids.device)
-        return mask.index_fill(0, self.rows * num_patches + self.ids, False).view(len(self.lengths), num_patches)
+        mask = torch.ones(len(self) * num_patches, dtype=torch.bool, device=self.ids.device)
+        return mask.index_fill(0, self.flat(num_patches), False).view(len(self), num_patches)

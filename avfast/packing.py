@@ -119,6 +119,13 @@ class PackedTokens:
         values = self.values.split([sum(part) for part in lengths])
         return [PackedTokens(v, part) for v, part in zip(values, lengths, strict=True)]
 
+    def select(self, order: Sequence[int]) -> PackedTokens:
+        """The sequences with the given numbers, in that order."""
+        if tuple(order) == tuple(range(len(self))):
+            return self
+        parts = self.to_list()
+        return PackedTokens.from_list([parts[i] for i in order])
+
     def join(self, other: PackedTokens) -> PackedTokens:
         """Sequence i of the result is sequence i of ``self`` followed by sequence i of ``other``."""
         if len(self) != len(other):

@@ -1,6 +1,6 @@
 """Modules over :mod:`avfast.ops`, with timm's argument and parameter names."""
 
-from avfast.nn.block import Mlp, PackedAttention, PackedBlock
+from avfast.nn.block import Mlp, PackedAttention, PackedBlock, run_blocks
 from avfast.nn.decoder import JointDecoder
 from avfast.nn.norm import SplitLayerNorm
 from avfast.nn.patch_embed import PatchEmbed, patchify, unpatchify
@@ -14,6 +14,7 @@ __all__ = [
     "PatchEmbed",
     "SplitLayerNorm",
     "patchify",
+    "run_blocks",
     "sincos_2d",
     "unpatchify",
 ]

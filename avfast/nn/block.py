@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from avfast.nn.norm import SplitLayerNorm
 from avfast.ops import AttentionPlan, packed_attention
@@ -93,3 +95,15 @@ def layer_norm(dim: int, sets: int, eps: float) -> nn.Module:
 def apply_norm(norm: nn.Module, x: Tensor, sizes: Sequence[int]) -> Tensor:
     """Call either kind."""
     return norm(x, sizes) if isinstance(norm, SplitLayerNorm) else norm(x)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, plan: AttentionPlan, sizes: Sequence[int] = (), recompute: bool = False
+) -> Tensor:
+    """Packed tokens ``(T, D)`` through blocks; with ``recompute`` their activations are not kept for the backward pass."""
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, plan, sizes, use_reentrant=False)
+        else:
+            x = block(x, plan, sizes)
+    return x

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from avfast.masking import Kept
-from avfast.nn.block import PackedBlock
+from avfast.nn.block import PackedBlock, run_blocks
 from avfast.nn.pos_embed import sincos_2d
 from avfast.ops import AttentionPlan
 
@@ -57,6 +57,7 @@ class JointDecoder(nn.Module):
             PackedBlock(decoder_dim, num_heads, mlp_ratio, qkv_bias=True, eps=eps) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(decoder_dim, eps=eps)
+        self.grad_checkpointing = False
         self.pred_a = nn.Linear(decoder_dim, audio_patch)
         self.pred_v = nn.Linear(decoder_dim, visual_patch)
 
@@ -78,8 +79,6 @@ class JointDecoder(nn.Module):
         x = self.mask_token.to(tokens.dtype).expand(batch, total, -1).flatten(0, 1).index_copy(0, places, tokens)
         positions = torch.cat([self.pos_embed_a + self.modality_a, self.pos_embed_v + self.modality_v], 1)
         x = (x.unflatten(0, (batch, total)) + positions).flatten(0, 1)
-        plan = AttentionPlan.of((total,) * batch)
-        for block in self.blocks:
-            x = block(x, plan)
+        x = run_blocks(self.blocks, x, AttentionPlan.of((total,) * batch), recompute=self.grad_checkpointing)
         x = self.norm(x).unflatten(0, (batch, total))
         return self.pred_a(x[:, : self.num_audio]), self.pred_v(x[:, self.num_audio :])

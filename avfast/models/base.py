@@ -1,0 +1,448 @@
+"""What all models share: their inputs and outputs, random draws, and the masked contrastive pre-training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from avfast.masking import STRUCTURES, DrawKey, Kept, Structure, assign_ratios, check_ratio, keep_patches
+from avfast.nn import JointDecoder, PackedBlock, PatchEmbed, patchify, run_blocks, unpatchify
+from avfast.ops import AttentionPlan, info_nce, masked_patch_mse
+from avfast.ops.masked_patch_mse import normalise_patches
+from avfast.packing import PackedTokens
+
+if TYPE_CHECKING:
+    from avfast.data.frontend import KaldiFrontend
+
+Keep = Kept | Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices of one forward pass; what is None is drawn.
+
+    Args:
+        audio_keep: kept audio patch ids: ``(B, K)``, one 1-D int64 tensor per instance, or :class:`~avfast.masking.Kept`.
+        visual_keep: likewise.
+        branch: which of the model's ``branches`` to compute.
+        has_audio: per instance, whether it has this modality. Without it no patch is kept and no loss counts it.
+        has_visual: likewise.
+    """
+
+    audio_keep: Keep | None = None
+    visual_keep: Keep | None = None
+    branch: str | None = None
+    has_audio: tuple[bool, ...] | None = None
+    has_visual: tuple[bool, ...] | None = None
+
+    def to(self, device: torch.device | str) -> Draws:
+        """With packed ids on another device."""
+        return replace(
+            self,
+            audio_keep=None if self.audio_keep is None else as_kept(self.audio_keep).to(device),
+            visual_keep=None if self.visual_keep is None else as_kept(self.visual_keep).to(device),
+        )
+
+
+@dataclass
+class Output:
+    """Result of a pre-training pass.
+
+    Args:
+        loss: scalar, weighted sum of ``losses``. In a distributed run the mean over processes is the global loss.
+        losses: unweighted scalars: ``contrastive``, ``reconstruction_audio``, ``reconstruction_visual``.
+        reconstruction: predicted patches ``{"audio": (B, N, P), "visual": (B, N, P)}``, empty without that objective.
+        contrastive_accuracy: share of best matches that are the own pair, without gradient.
+    """
+
+    loss: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    reconstruction: dict[str, Tensor] = field(default_factory=dict)
+    contrastive_accuracy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """Token features ``(B, N, D)``, PackedTokens where instances keep unequal numbers, None for an absent modality."""
+
+    audio: Tensor | PackedTokens | None
+    visual: Tensor | PackedTokens | None
+    fused: Tensor | PackedTokens | None
+
+
+def as_kept(keep: Keep) -> Kept:
+    """Pack lists of ids; pass :class:`~avfast.masking.Kept` through."""
+    return keep if isinstance(keep, Kept) else Kept.pack(keep)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform linear and patch projections, zero biases (He et al., Masked Autoencoders, released code)."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class AudioVisualMAE(nn.Module):
+    """Base of the models that contrast and reconstruct masked audio-visual pairs.
+
+    A subclass provides :meth:`unimodal`, :meth:`contrasted` and :meth:`fuse`.
+
+    Args:
+        img_size: height and width of a frame.
+        patch_size: of frames, and of spectrograms unless ``audio_patch_size`` is given.
+        audio_size: (frames, mel bins).
+        embed_dim: D.
+        mask_ratios: one fixed ratio, or several for multi-ratio masking.
+        audio_structure: ``"unstructured"``, ``"time"``, ``"frequency"`` or ``"time_frequency"``.
+        temperature: of the contrastive loss.
+        contrastive_weight: weight in the loss; 0 leaves the term out.
+        reconstruction_weight: likewise, for the sum of both modalities.
+        norm_pix: normalise target patches.
+        frontend: overrides for the audio front end's arguments.
+    """
+
+    branches: tuple[str, ...] = ("joint",)
+    contrastive_direction = "both"
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        patch_size: int,
+        audio_patch_size: int | None,
+        audio_size: tuple[int, int],
+        embed_dim: int,
+        mask_ratios: Sequence[float],
+        audio_structure: Structure,
+        temperature: float,
+        contrastive_weight: float,
+        reconstruction_weight: float,
+        norm_pix: bool,
+        frontend: dict | None,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.audio_size, self.embed_dim = img_size, tuple(audio_size), embed_dim
+        self.mask_ratios = tuple(check_ratio(r) for r in mask_ratios)
+        if not self.mask_ratios:
+            raise ValueError("mask_ratios must hold at least one ratio")
+        if audio_structure not in STRUCTURES:
+            raise ValueError(f"audio_structure must be one of {', '.join(STRUCTURES)}, got {audio_structure!r}")
+        self.audio_structure = audio_structure
+        self.temperature, self.norm_pix = temperature, norm_pix
+        self.contrastive_weight, self.reconstruction_weight = contrastive_weight, reconstruction_weight
+        frames, mels = self.audio_size
+        self.patch_embed = PatchEmbed((img_size, img_size), patch_size, 3, embed_dim)
+        self.patch_embed_a = PatchEmbed((mels, frames), audio_patch_size or patch_size, 1, embed_dim)
+        self.decoder: JointDecoder | None = None
+        self.grad_checkpointing = False
+        self.frontend_args = {"num_frames": frames, "num_mel_bins": mels, "image_size": img_size, **(frontend or {})}
+
+    # What a subclass defines.
+
+    def unimodal(
+        self, audio: Tensor, visual: Tensor, kept_a: Kept, kept_v: Kept, branch: str = "joint"
+    ) -> tuple[PackedTokens, PackedTokens]:
+        """Tokens of the kept patches of each modality, before the modalities meet."""
+        raise NotImplementedError
+
+    def contrasted(self, audio: PackedTokens, visual: PackedTokens) -> tuple[PackedTokens, PackedTokens]:
+        """The tokens whose means are contrasted."""
+        raise NotImplementedError
+
+    def fuse(self, joined: PackedTokens) -> Tensor:
+        """Fused tokens ``(T, D)`` of sequences [audio; visual]."""
+        raise NotImplementedError
+
+    # Inputs.
+
+    @cached_property
+    def frontend(self) -> KaldiFrontend:
+        """What turns waveforms and frames into this model's inputs."""
+        from avfast.data.frontend import KaldiFrontend
+
+        return KaldiFrontend(**self.frontend_args)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.patch_embed.proj.weight.device
+
+    def spectrogram_image(self, audio: Tensor) -> Tensor:
+        """``(B, frames, mels)`` as the ``(B, 1, mels, frames)`` image whose patches are embedded."""
+        if audio.ndim != 3 or tuple(audio.shape[1:]) != self.audio_size:
+            raise ValueError(f"audio must be (B, {self.audio_size[0]}, {self.audio_size[1]}), got {tuple(audio.shape)}")
+        return audio.transpose(1, 2).unsqueeze(1)
+
+    def check_visual(self, visual: Tensor) -> Tensor:
+        """``visual`` if it is ``(B, 3, H, W)`` of this model's size."""
+        size = self.img_size
+        if visual.ndim != 4 or tuple(visual.shape[1:]) != (3, size, size):
+            raise ValueError(f"visual must be (B, 3, {size}, {size}), got {tuple(visual.shape)}")
+        return visual
+
+    def inputs(self, audio: Tensor | None, visual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both inputs checked, an absent one as zeros."""
+        given = audio if audio is not None else visual
+        if given is None:
+            raise ValueError("give audio, visual or both")
+        if not given.is_floating_point() or (visual is not None and not visual.is_floating_point()):
+            raise ValueError(f"inputs must be floating point (use model.frontend), got {given.dtype}")
+        if audio is not None and visual is not None and len(audio) != len(visual):
+            raise ValueError(f"audio and visual must pair up, got batches of {len(audio)} and {len(visual)}")
+        if audio is None:
+            audio = given.new_zeros(len(given), *self.audio_size)
+        if visual is None:
+            visual = given.new_zeros(len(given), 3, self.img_size, self.img_size)
+        return self.spectrogram_image(audio), self.check_visual(visual)
+
+    # Random draws.
+
+    def draw(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        *,
+        key: DrawKey | None = None,
+        branch: str | None = None,
+        has_audio: Iterable[bool] | None = None,
+        has_visual: Iterable[bool] | None = None,
+    ) -> Draws:
+        """Every random choice of a step.
+
+        Args:
+            batch_size: instances on this process.
+            generator: seeds a stand-alone draw; default torch's global generator.
+            key: names the draw instead (training), see :class:`~avfast.masking.DrawKey`.
+            branch: one of ``branches``, default the first.
+            has_audio: per instance; default all.
+            has_visual: likewise.
+
+        Returns:
+            Draws on the CPU; the same key or generator state gives the same.
+        """
+        branch = self.branches[0] if branch is None else branch
+        if branch not in self.branches:
+            raise ValueError(f"branch must be one of {', '.join(self.branches)}, got {branch!r}")
+        key = DrawKey.fresh(batch_size, generator) if key is None else key
+        if len(key.positions) != batch_size:
+            raise ValueError(f"the key names {len(key.positions)} positions for a batch of {batch_size}")
+        present_a = (True,) * batch_size if has_audio is None else tuple(bool(x) for x in has_audio)
+        present_v = (True,) * batch_size if has_visual is None else tuple(bool(x) for x in has_visual)
+        ratios, structure = self.masking(branch)
+        keep_a, keep_v = [], []
+        for position, (ratio_a, ratio_v), a, v in zip(
+            key.positions, assign_ratios(ratios, key), present_a, present_v, strict=True
+        ):
+            source_a, source_v = (key.generator(f"{branch} {name}", position) for name in ("audio", "visual"))
+            ids_a = keep_patches(self.patch_embed_a.grid_size, ratio_a, source_a, structure)
+            ids_v = keep_patches(self.patch_embed.grid_size, ratio_v, source_v)
+            keep_a.append(ids_a if a else ids_a[:0])
+            keep_v.append(ids_v if v else ids_v[:0])
+        return Draws(Kept.pack(keep_a), Kept.pack(keep_v), branch, present_a, present_v)
+
+    def masking(self, branch: str) -> tuple[tuple[float, ...], Structure]:
+        """Ratios, and the structure of the audio mask."""
+        return self.mask_ratios, self.audio_structure
+
+    def complete(self, draws: Draws | None, batch_size: int) -> Draws:
+        """``draws`` with what is missing drawn, checked against this model."""
+        draws = Draws() if draws is None else draws
+        if draws.audio_keep is None or draws.visual_keep is None or draws.branch is None:
+            drawn = self.draw(
+                batch_size, branch=draws.branch, has_audio=draws.has_audio, has_visual=draws.has_visual
+            )
+            draws = replace(
+                draws,
+                audio_keep=drawn.audio_keep if draws.audio_keep is None else draws.audio_keep,
+                visual_keep=drawn.visual_keep if draws.visual_keep is None else draws.visual_keep,
+                branch=drawn.branch,
+            )
+        draws = draws.to(self.device)
+        for name, kept in (("audio_keep", draws.audio_keep), ("visual_keep", draws.visual_keep)):
+            if len(as_kept(kept)) != batch_size:
+                raise ValueError(f"{name} holds {len(as_kept(kept))} instances, the batch {batch_size}")
+        return draws
+
+    # Pre-training.
+
+    def forward(self, audio: Tensor | None, visual: Tensor | None, draws: Draws | None = None) -> Output:
+        """One pre-training pass.
+
+        Args:
+            audio: ``(B, frames, mels)`` normalised log-mel.
+            visual: ``(B, 3, H, W)`` normalised frames.
+            draws: from :meth:`draw`; what is missing is drawn.
+        """
+        present_a, present_v = audio is not None, visual is not None
+        spectrogram, visual = self.inputs(audio, visual)
+        batch = len(spectrogram)
+        if not (present_a and present_v):
+            absent = {} if present_a else {"has_audio": (False,) * batch}
+            absent |= {} if present_v else {"has_visual": (False,) * batch}
+            draws = replace(draws or Draws(), **absent)
+        draws = self.complete(draws, batch)
+        kept_a, kept_v, branch = as_kept(draws.audio_keep), as_kept(draws.visual_keep), draws.branch
+        a, v = self.unimodal(spectrogram, visual, kept_a, kept_v, branch)
+        losses, reconstruction, accuracy = {}, {}, None
+        loss = spectrogram.new_zeros((), dtype=torch.promote_types(spectrogram.dtype, torch.float32))
+        if self.contrastive_weight and branch != "reconstruction":
+            contrast = self.contrast(a, v, kept_a, kept_v)
+            losses["contrastive"], accuracy = contrast.loss, contrast.accuracy
+            loss = loss + self.contrastive_weight * contrast.loss
+        if self.reconstruction_weight and branch != "contrastive":
+            reconstruction = self.reconstruct(a, v, kept_a, kept_v)
+            for name, kept, target, present in (
+                ("audio", kept_a, patchify(spectrogram, self.patch_embed_a.patch_size), draws.has_audio),
+                ("visual", kept_v, patchify(visual, self.patch_embed.patch_size), draws.has_visual),
+            ):
+                mask = kept.masked(target.shape[1])
+                if present is not None and not all(present):
+                    mask = mask & torch.tensor(present, device=mask.device)[:, None]
+                term = masked_patch_mse(reconstruction[name], target, mask, norm_pix=self.norm_pix)
+                losses[f"reconstruction_{name}"] = term
+                loss = loss + self.reconstruction_weight * term
+        return Output(loss, losses, reconstruction, accuracy)
+
+    def contrast(self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept):
+        """InfoNCE over the instances that have both modalities."""
+        tokens_a, tokens_v = self.contrasted(a, v)
+        pooled_a, pooled_v = tokens_a.mean()[kept_a.inverse], tokens_v.mean()[kept_v.inverse]
+        both = [n > 0 and m > 0 for n, m in zip(kept_a.batch_lengths(), kept_v.batch_lengths(), strict=True)]
+        if not all(both):
+            rows = torch.tensor([i for i, x in enumerate(both) if x], dtype=torch.int64, device=pooled_a.device)
+            pooled_a, pooled_v = pooled_a[rows], pooled_v[rows]
+        return info_nce(pooled_a, pooled_v, self.temperature, self.contrastive_direction)
+
+    def join(self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept) -> tuple[PackedTokens, list[int]]:
+        """Sequences [audio_i; visual_i], longest audio first, and the batch row of each."""
+        lengths_v = kept_v.batch_lengths()
+        pairs = zip(kept_a.order, kept_a.lengths, strict=True)
+        rows = [row for row, _ in sorted(pairs, key=lambda pair: (-pair[1], -lengths_v[pair[0]]))]
+        place_a = {row: place for place, row in enumerate(kept_a.order)}
+        place_v = {row: place for place, row in enumerate(kept_v.order)}
+        return a.select([place_a[r] for r in rows]).join(v.select([place_v[r] for r in rows])), rows
+
+    def fused_tokens(
+        self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept
+    ) -> tuple[PackedTokens, PackedTokens]:
+        """Fused audio and visual tokens in the orders of ``kept_a`` and ``kept_v``."""
+        joined, rows = self.join(a, v, kept_a, kept_v)
+        place = {row: i for i, row in enumerate(rows)}
+        lengths_a = kept_a.batch_lengths()
+        parts = PackedTokens(self.fuse(joined), joined.lengths).unjoin([lengths_a[row] for row in rows])
+        return parts[0].select([place[r] for r in kept_a.order]), parts[1].select([place[r] for r in kept_v.order])
+
+    def reconstruct(self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept) -> dict[str, Tensor]:
+        """Predicted patches of both modalities."""
+        if self.decoder is None:
+            raise RuntimeError("this model was built without a decoder and cannot reconstruct")
+        fused_a, fused_v = self.fused_tokens(a, v, kept_a, kept_v)
+        audio, visual = self.decoder(fused_a.values, fused_v.values, kept_a, kept_v)
+        return {"audio": audio, "visual": visual}
+
+    @property
+    def has_unused_parameters(self) -> bool:
+        """Whether a forward pass leaves some parameters without gradient (DDP must then look for them)."""
+        heads = any(name.startswith("head") for name, _ in self.named_parameters())
+        return len(self.branches) > 1 or not (self.contrastive_weight and self.reconstruction_weight) or heads
+
+    # Features.
+
+    def encode(
+        self,
+        audio: Tensor | None = None,
+        visual: Tensor | None = None,
+        *,
+        audio_keep: Keep | None = None,
+        visual_keep: Keep | None = None,
+    ) -> Features:
+        """Token features after the final norms, without masking unless kept patches are given.
+
+        Args:
+            audio: ``(B, frames, mels)`` or None.
+            visual: ``(B, 3, H, W)`` or None.
+            audio_keep: kept patch ids as in :class:`Draws`.
+            visual_keep: likewise.
+
+        Returns:
+            ``audio`` ``(B, Na, D)``, ``visual`` ``(B, Nv, D)`` and, with both, ``fused`` ``(B, Na + Nv, D)`` in the order
+            [audio; visual]; PackedTokens in batch order where the kept patches differ in number.
+        """
+        given_a, given_v = audio is not None, visual is not None
+        spectrogram, frames = self.inputs(audio, visual)
+        batch, device = len(spectrogram), spectrogram.device
+        kept_a = self.kept_or_all(audio_keep, batch, self.patch_embed_a.num_patches if given_a else 0, device)
+        kept_v = self.kept_or_all(visual_keep, batch, self.patch_embed.num_patches if given_v else 0, device)
+        a, v = self.unimodal(spectrogram, frames, kept_a, kept_v)
+        fused = None
+        if given_a and given_v:
+            joined, rows = self.join(a, v, kept_a, kept_v)
+            fused = self.in_batch_order(PackedTokens(self.fuse(joined), joined.lengths), rows)
+        a, v = self.contrasted(a, v)
+        return Features(
+            self.in_batch_order(a, kept_a.order) if given_a else None,
+            self.in_batch_order(v, kept_v.order) if given_v else None,
+            fused,
+        )
+
+    @staticmethod
+    def kept_or_all(keep: Keep | None, batch: int, patches: int, device: torch.device) -> Kept:
+        """The given ids, or all of them."""
+        return Kept.all(batch, patches, device) if keep is None else as_kept(keep).to(device)
+
+    @staticmethod
+    def in_batch_order(tokens: PackedTokens, order: Sequence[int]) -> Tensor | PackedTokens:
+        """Sequences sorted back; a dense ``(B, N, D)`` where all are equally long."""
+        tokens = tokens.select(sorted(range(len(order)), key=lambda i: order[i]))
+        if len(set(tokens.lengths)) == 1:
+            return tokens.values.unflatten(0, (len(tokens), tokens.lengths[0]))
+        return tokens
+
+    # Pictures.
+
+    def patchify_audio(self, audio: Tensor) -> Tensor:
+        """``(B, frames, mels)`` to ``(B, N, P)``."""
+        return patchify(self.spectrogram_image(audio), self.patch_embed_a.patch_size)
+
+    def patchify_visual(self, visual: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, N, P)``."""
+        return patchify(self.check_visual(visual), self.patch_embed.patch_size)
+
+    def unpatchify_audio(self, patches: Tensor) -> Tensor:
+        """``(B, N, P)`` to ``(B, frames, mels)``."""
+        images = unpatchify(patches, self.patch_embed_a.grid_size, self.patch_embed_a.patch_size)
+        return images.squeeze(1).transpose(1, 2)
+
+    def unpatchify_visual(self, patches: Tensor) -> Tensor:
+        """``(B, N, P)`` to ``(B, 3, H, W)``."""
+        return unpatchify(patches, self.patch_embed.grid_size, self.patch_embed.patch_size)
+
+    def reconstruction_to_input(self, modality: str, patches: Tensor, inputs: Tensor) -> Tensor:
+        """Predicted ``(B, N, P)`` patches as an input of this modality; undoes ``norm_pix`` with the true statistics."""
+        audio = modality == "audio"
+        if self.norm_pix:
+            _, mean, deviation = normalise_patches((self.patchify_audio if audio else self.patchify_visual)(inputs))
+            patches = patches * deviation + mean
+        return (self.unpatchify_audio if audio else self.unpatchify_visual)(patches)
+
+    # Training machinery.
+
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, lengths: Sequence[int], sizes: Sequence[int] = ()) -> Tensor:
+        """Packed tokens through blocks."""
+        return run_blocks(blocks, x, AttentionPlan.of(lengths), sizes, self.grad_checkpointing)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+        if self.decoder is not None:
+            self.decoder.grad_checkpointing = enable
+
+    def blocks_to_shard(self) -> list[nn.Module]:
+        """The transformer blocks, the units of sharding."""
+        return [m for m in self.modules() if isinstance(m, PackedBlock)]

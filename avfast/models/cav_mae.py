@@ -1,0 +1,202 @@
+"""CAV-MAE: separate encoders for audio and frames, and one joint layer.
+
+Gong et al., Contrastive Audio-Visual Masked Autoencoder, ICLR 2023.
+
+Audio and visual tokens pass through encoders of their own, then through the joint layer three times with three sets of
+LayerNorms: audio alone and visual alone (their means are contrasted), and both together (reconstructed by the decoder).
+Here the three passes are one packed pass over [both; audio; visual].
+
+Paper and released code agree but for: the contrastive loss has one direction, visual to audio (the paper's formula sums
+over the other one); positions are fixed sine-cosine tables. ``mask_ratios`` with several ratios gives the multi-ratio
+masking of AVSiam's supplement, Table 3; ``reconstruction_weight=0`` gives CAV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avfast import checkpoints
+from avfast.masking import Kept, Structure
+from avfast.models.base import AudioVisualMAE, init_weights
+from avfast.nn import JointDecoder, PackedBlock, SplitLayerNorm, sincos_2d
+from avfast.packing import PackedTokens
+
+
+class CAVMAE(AudioVisualMAE):
+    """CAV-MAE (see the head of this file).
+
+    Args:
+        img_size: height and width of a frame in pixels.
+        patch_size: of frames and spectrograms.
+        audio_size: spectrogram (frames, mel bins); patches are numbered frequency-major.
+        embed_dim: D.
+        depth: blocks of each encoder.
+        joint_depth: joint layers.
+        num_heads: heads.
+        mlp_ratio: hidden width of the MLPs over D.
+        decoder_embed_dim: width of the decoder.
+        decoder_depth: its blocks; 0 builds no decoder.
+        decoder_num_heads: its heads.
+        audio_patch_size: of spectrograms, default ``patch_size``.
+        mask_ratios: one fixed ratio, or several for multi-ratio masking.
+        audio_structure: which audio patches are masked together.
+        temperature: of the contrastive loss.
+        contrastive_weight: 0 leaves the loss out.
+        reconstruction_weight: 0 leaves the loss out.
+        contrastive_direction: ``"visual_to_audio"``, ``"audio_to_visual"`` or ``"both"``.
+        norm_pix: normalise the target patches.
+        eps: of all LayerNorms.
+        num_classes: builds the classification head.
+        frontend: overrides for the audio front end.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        audio_size: tuple[int, int] = (1024, 128),
+        embed_dim: int = 768,
+        depth: int = 11,
+        joint_depth: int = 1,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        *,
+        audio_patch_size: int | None = None,
+        mask_ratios: Sequence[float] = (0.75,),
+        audio_structure: Structure = "unstructured",
+        temperature: float = 0.05,
+        contrastive_weight: float = 0.01,
+        reconstruction_weight: float = 1.0,
+        contrastive_direction: str = "visual_to_audio",
+        norm_pix: bool = True,
+        eps: float = 1e-5,
+        num_classes: int | None = None,
+        frontend: dict | None = None,
+    ) -> None:
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            audio_patch_size=audio_patch_size,
+            audio_size=audio_size,
+            embed_dim=embed_dim,
+            mask_ratios=mask_ratios,
+            audio_structure=audio_structure,
+            temperature=temperature,
+            contrastive_weight=contrastive_weight,
+            reconstruction_weight=reconstruction_weight,
+            norm_pix=norm_pix,
+            frontend=frontend,
+        )
+        self.contrastive_direction = contrastive_direction
+        embed, embed_a = self.patch_embed, self.patch_embed_a
+        self.pos_embed = nn.Parameter(sincos_2d(embed_dim, embed.grid_size)[None], requires_grad=False)
+        self.pos_embed_a = nn.Parameter(sincos_2d(embed_dim, embed_a.grid_size)[None], requires_grad=False)
+        self.modality_a = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.modality_v = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        nn.init.normal_(self.modality_a, std=0.02)
+        nn.init.normal_(self.modality_v, std=0.02)
+        block = {"dim": embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "eps": eps}
+        self.blocks_a = nn.ModuleList(PackedBlock(**block) for _ in range(depth))
+        self.blocks_v = nn.ModuleList(PackedBlock(**block) for _ in range(depth))
+        self.blocks_u = nn.ModuleList(PackedBlock(**block, norm_sets=3) for _ in range(joint_depth))
+        self.norm = SplitLayerNorm(embed_dim, 3, eps)
+        if decoder_depth:
+            values = [embed_a.patch_size**2, 3 * embed.patch_size**2]
+            self.decoder = JointDecoder(
+                embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads,
+                embed_a.grid_size, embed.grid_size, values[0], values[1], mlp_ratio, eps,
+            )  # fmt: skip
+            self.decoder.pos_embed_a.requires_grad_(False)
+            self.decoder.pos_embed_v.requires_grad_(False)
+        self.apply(init_weights)
+        self.head = None
+        if num_classes is not None:
+            self.head = nn.Sequential(nn.LayerNorm(embed_dim, eps=eps), nn.Linear(embed_dim, num_classes))
+
+    def unimodal(
+        self, audio: Tensor, visual: Tensor, kept_a: Kept, kept_v: Kept, branch: str = "joint"
+    ) -> tuple[PackedTokens, PackedTokens]:
+        a = self.patch_embed_a(audio, kept_a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][kept_a.ids]
+        v = self.patch_embed(visual, kept_v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][kept_v.ids]
+        a = self.run_blocks(self.blocks_a, a + self.modality_a[0], kept_a.lengths)
+        v = self.run_blocks(self.blocks_v, v + self.modality_v[0], kept_v.lengths)
+        return PackedTokens(a, kept_a.lengths), PackedTokens(v, kept_v.lengths)
+
+    def joint_layer(self, *parts: PackedTokens | None) -> list[PackedTokens | None]:
+        """One packed pass over up to three parts, with the joint, the audio and the visual norms in this order."""
+        given = [part for part in parts if part is not None]
+        sizes = [0 if part is None else part.values.shape[0] for part in parts]
+        packed = PackedTokens.cat(given)
+        out = self.norm(self.run_blocks(self.blocks_u, packed.values, packed.lengths, sizes), sizes)
+        results = iter(PackedTokens(out, packed.lengths).split([len(part) for part in given]))
+        return [None if part is None else next(results) for part in parts]
+
+    def contrasted(self, audio: PackedTokens, visual: PackedTokens) -> tuple[PackedTokens, PackedTokens]:
+        _, a, v = self.joint_layer(None, audio, visual)
+        return a, v
+
+    def fuse(self, joined: PackedTokens) -> Tensor:
+        return self.joint_layer(joined, None, None)[0].values
+
+    def classify(
+        self, audio: Tensor | None = None, visual: Tensor | None = None, *, missing: bool = False
+    ) -> Tensor:
+        """Class logits.
+
+        Args:
+            audio: ``(B, frames, mels)`` or None.
+            visual: ``(B, 3, H, W)``, ``(B, F, 3, H, W)`` for several frames, or None.
+            missing: for a model fine-tuned on both modalities and tested on one: average the joint layer's features under
+                the joint and the modality's own norms (released modes ``missingaudioonly`` and ``missingvideoonly``).
+
+        Returns:
+            ``(B, num_classes)``, or ``(B, F, num_classes)`` for several frames.
+
+        Raises:
+            RuntimeError: if the model was built without ``num_classes``.
+        """
+        if self.head is None:
+            raise RuntimeError("this model has no classification head; build it with num_classes")
+        frames = visual.shape[1] if visual is not None and visual.ndim == 5 else None
+        if visual is not None and frames is not None:
+            visual = visual.flatten(0, 1)
+            audio = None if audio is None else audio.repeat_interleave(frames, 0)
+        spectrogram, images = self.inputs(audio, visual)
+        batch, device = len(spectrogram), spectrogram.device
+        kept_a = Kept.all(batch, self.patch_embed_a.num_patches if audio is not None else 0, device)
+        kept_v = Kept.all(batch, self.patch_embed.num_patches if visual is not None else 0, device)
+        a, v = self.unimodal(spectrogram, images, kept_a, kept_v)
+        if audio is not None and visual is not None:
+            joined = a.join(v)
+            pooled = PackedTokens(self.fuse(joined), joined.lengths).mean()
+        else:
+            own = a if audio is not None else v
+            parts = self.joint_layer(own if missing else None, *((a, None) if own is a else (None, v)))
+            means = [part.mean() for part in parts if part is not None]
+            pooled = torch.stack(means).mean(0)
+        logits = self.head(pooled)
+        return logits if frames is None else logits.unflatten(0, (-1, frames))
+
+    @classmethod
+    def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> CAVMAE:
+        """Load a released pre-training or fine-tuning checkpoint.
+
+        Args:
+            checkpoint: path of a ``.pth`` or ``.safetensors`` file, or its state dict.
+            settings: overrides, for example ``num_classes`` to fine-tune a pre-trained model.
+
+        Raises:
+            ValueError: listing unknown and missing keys.
+        """
+        released, weights = checkpoints.cav_mae(checkpoints.load(checkpoint), **settings)
+        model = cls(**{**released, **settings})
+        checkpoints.load_into(model, weights, optional=("head.",) if "num_classes" in settings else ())
+        return model

@@ -1,0 +1,53 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from fnmatch import fnmatch
+from typing import Any
+
+from avfast.models.avsiam import AVSiam
+from avfast.models.base import AudioVisualMAE
+from avfast.models.cav_mae import CAVMAE
+
+TINY = {
+    "img_size": 64, "patch_size": 8, "audio_size": (192, 128), "audio_patch_size": 16, "embed_dim": 128, "num_heads": 4,
+    "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4,
+}  # fmt: skip
+LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+HUGE = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
+
+PRESETS: dict[str, tuple[Callable[..., AudioVisualMAE], dict[str, Any]]] = {
+    "avsiam_tiny": (AVSiam, {**TINY, "depth": 4}),
+    "avsiam_base": (AVSiam, {}),
+    "avsiam_large": (AVSiam, LARGE),
+    "avsiam_huge": (AVSiam, HUGE),
+    "avsep_tiny": (AVSiam, {**TINY, "depth": 4, "shared": False}),
+    "avsep_large": (AVSiam, {**LARGE, "shared": False}),
+    "cav_mae_tiny": (CAVMAE, {**TINY, "depth": 3}),
+    "cav_mae_base": (CAVMAE, {}),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that :func:`create_model` takes, filtered by a shell-style pattern."""
+    return [name for name in PRESETS if fnmatch(name, pattern)]
+
+
+def create_model(name: str, **overrides: Any) -> AudioVisualMAE:
+    """Build a model by name.
+
+    Args:
+        name: one of :func:`list_models`.
+        overrides: constructor arguments that replace the preset's.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest ones.
+        TypeError: for an argument that the model does not take.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3) or list(PRESETS)
+        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+    build, settings = PRESETS[name]
+    return build(**{**settings, **overrides})
