@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from avfast import flops
+from avfast import AVSiam, flops
+from avfast.models import Draws
 
 QUERIES, KEYS, HEADS, HEAD_DIM, BATCH = 7, 9, 3, 16, 2
 ATTENTION = 2 * 2 * BATCH * HEADS * QUERIES * KEYS * HEAD_DIM  # two matrix products, 2 FLOP per multiply-add
@@ -114,3 +115,63 @@ def test_a_closed_formula_registry_is_left_as_it_was():
     before = dict(flop_registry)
     flops.count(lambda q, k, v: F.scaled_dot_product_attention(q, k, v).sum(), *_qkv("cpu"), backward=True)
     assert dict(flop_registry) == before
+
+
+AVSIAM = dict(
+    img_size=64, patch_size=16, audio_size=(128, 64), embed_dim=48, depth=2, num_heads=3, fusion_depth=1,
+    decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2, mask_ratios=(0.0, 0.25, 0.5),
+)  # fmt: skip
+NUM_AUDIO, NUM_VISUAL, PATCH = 32, 16, 256
+LENGTHS = [(32, 8), (24, 16), (16, 12)]  # kept (audio, visual) patches per instance
+
+
+def _layer(tokens: int, dim: int, squares: int) -> int:
+    """A transformer block: 12 dim^2 multiply-adds per token, and 2 dim per pair of tokens that see each other."""
+    return 2 * (12 * dim * dim * tokens + 2 * dim * squares)
+
+
+def _avsiam_flops(lengths: list[tuple[int, int]], backward: bool) -> int:
+    audio, visual = sum(a for a, _ in lengths), sum(v for _, v in lengths)
+    tokens, batch, everything = audio + visual, len(lengths), NUM_AUDIO + NUM_VISUAL
+    dim, width = AVSIAM["embed_dim"], AVSIAM["decoder_embed_dim"]
+    embed = 2 * dim * PATCH * (audio + 3 * visual)
+    encoder = AVSIAM["depth"] * _layer(tokens, dim, sum(a * a + v * v for a, v in lengths))
+    contrast = 2 * (2 * batch * batch * dim)
+    fusion = AVSIAM["fusion_depth"] * _layer(tokens, dim, sum((a + v) ** 2 for a, v in lengths))
+    decoder = AVSIAM["decoder_depth"] * _layer(batch * everything, width, batch * everything**2)
+    ends = 2 * tokens * dim * width + 2 * batch * width * PATCH * (NUM_AUDIO + 3 * NUM_VISUAL)
+    rest = encoder + contrast + fusion + decoder + ends
+    # Two more products per product in the backward pass, but nobody asks for the gradient of the pixels.
+    return embed + rest + (embed + 2 * rest if backward else 0)
+
+
+def _avsiam_count(lengths: list[tuple[int, int]], backward: bool, device: str = "cpu") -> int:
+    model = AVSiam(**AVSIAM).to(device)
+    draws = Draws(
+        audio_keep=[torch.randperm(NUM_AUDIO)[:a].sort().values for a, _ in lengths],
+        visual_keep=[torch.randperm(NUM_VISUAL)[:v].sort().values for _, v in lengths],
+    )
+    audio = torch.randn(len(lengths), *AVSIAM["audio_size"], device=device)
+    visual = torch.randn(len(lengths), 3, AVSIAM["img_size"], AVSIAM["img_size"], device=device)
+    return flops.count(model, audio, visual, draws, backward=backward)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_joint_step_of_avsiam_computes_its_kept_tokens_and_nothing_else(backward, device):
+    want = _avsiam_flops(LENGTHS, backward)
+    assert _avsiam_count(LENGTHS, backward, device) == want
+    for instance, modality in ((0, 1), (2, 0)):
+        padded = [list(pair) for pair in LENGTHS]
+        padded[instance][modality] = max(pair[modality] for pair in LENGTHS)
+        assert _avsiam_count(padded, backward, device) != pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch", [3, 6])
+def test_drawn_masks_cost_the_same_at_every_step(batch):
+    model = AVSiam(**AVSIAM)
+    audio, visual = torch.randn(batch, *AVSIAM["audio_size"]), torch.randn(batch, 3, 64, 64)
+    counts = {flops.count(model, audio, visual) for _ in range(3)}
+    assert len(counts) == 1
+    dense = AVSiam(**AVSIAM | {"mask_ratios": (0.0,)})
+    assert counts.pop() < flops.count(dense, audio, visual)
