@@ -1,0 +1,286 @@
+"""The settings of a run and how they are given on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+class SettingError(ValueError):
+    """Something the user gave is wrong; the message says what and what was expected."""
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with its one-line documentation."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"doc": text})
+    return dataclasses.field(default=default, metadata={"doc": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Recipes return one; ``--field value`` changes a field."""
+
+    recipe: str = setting("demo", "name of the recipe these settings come from")
+    out: str | None = setting(None, "run folder (default: runs/<recipe>-<time>)")
+    resume: str | None = setting(
+        None, "'auto': the newest checkpoint in --out, or a fresh start; or a checkpoint folder"
+    )
+    seed: int = setting(0, "of weights, order, augmentation and masking")
+
+    data: tuple[str, ...] = setting(
+        (), "folders of media files or CAV-MAE JSON manifests; none: the built-in demo clips"
+    )
+    class_csv: str | None = setting(None, "classes of the manifests: index,mid,display_name")
+    weights_csv: tuple[str, ...] = setting((), "sampling weights, a CSV per manifest: clips drawn with replacement")
+    eval_data: tuple[str, ...] = setting((), "folders or manifests of held-out clips; none: eval_fraction of --data")
+    eval_fraction: float = setting(0.1, "share of --data held out, chosen by a hash of the clip's id")
+    demo_set: str = setting("tiny", "which built-in demo clips are made")
+    demo_clips: int | None = setting(None, "number of demo clips (default: the set's own)")
+    shuffle_pairs: bool = setting(False, "control: train on the sound of one clip with the picture of another, fixed")
+    cache_media: bool = setting(False, "keep decoded clips in memory, so that each file is decoded once")
+    workers: int = setting(8, "processes per rank that decode clips; 0: in the training process")
+    max_bad_files: float = setting(0.05, "share of undecodable files beyond which the run ends")
+
+    model: str = setting("avsiam_base", "name of a model: see python -m avfast.models")
+    model_args: dict[str, Any] = setting(
+        {}, "arguments of the model, as JSON or one by one: --model.mask_ratios '[0.5]'"
+    )
+    timm: str | None = setting(None, "start from the weights of this timm Vision Transformer (timm downloads them)")
+    init_from: str | None = setting(None, "start from the weights of this checkpoint folder (not its optimiser)")
+
+    epochs: float = setting(20.0, "passes over the training clips")
+    steps: int | None = setting(None, "optimiser steps, in place of epochs; 0: evaluate the untrained model")
+    batch_size: int = setting(96, "clips per process and forward pass")
+    accumulate: int = setting(1, "forward passes per optimiser step (adds no contrastive negatives)")
+    optimizer: Literal["adam", "adamw"] = setting("adam", "adam adds weight decay to the gradient, adamw to the weight")
+    lr: float = setting(1e-4, "learning rate")
+    betas: tuple[float, float] = setting((0.95, 0.999), "of Adam")
+    weight_decay: float = setting(5e-7, "weight decay")
+    clip_grad: float | None = setting(None, "largest norm of the gradient")
+    schedule: Literal["step", "cosine"] = setting("step", "of the learning rate: steps by epochs, or one cosine")
+    warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
+    decay_start: float = setting(10.0, "step schedule: epochs before the first decay")
+    decay_every: float = setting(5.0, "step schedule: epochs between decays")
+    decay_rate: float = setting(0.5, "step schedule: factor of each decay")
+    min_lr: float = setting(0.0, "cosine schedule: learning rate at the end")
+    paper_batch: int | None = setting(None, "contrastive batch of the paper; a far smaller one is warned about")
+
+    device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one, else cpu")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "of autocast; auto: bf16 where the GPU has it")
+    shard: Literal["none", "fsdp2"] = setting("none", "fsdp2: parameters sharded over processes, block by block")
+    checkpoint_activations: bool = setting(False, "recompute activations in the backward pass to save memory")
+    deterministic: bool = setting(False, "deterministic kernels only; a run repeats bit for bit on one device")
+
+    log_every: int = setting(50, "steps between log lines")
+    checkpoint_every: int | None = setting(None, "steps between checkpoints (default: one per epoch)")
+    keep_checkpoints: int = setting(2, "newest checkpoints kept; 0: all")
+    tensorboard: bool = setting(True, "write TensorBoard events where tensorboard is installed")
+    pictures: int = setting(4, "held-out clips whose reconstruction is drawn at the end; 0: none")
+    evaluate: bool = setting(True, "retrieval and linear probe at the end")
+    eval_clips: int | None = setting(None, "at most so many held-out clips (the first by id hash)")
+    probe_clips: int = setting(20000, "at most so many training clips for the linear probe; 0: no probe")
+    probe_l2: float = setting(1e-2, "weight penalty of the linear probe")
+    group_parts: int = setting(0, "also rank among clips whose class names share so many first comma-separated parts")
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float | None]] = {
+            "eval_fraction": (0, 1), "max_bad_files": (0, 1), "seed": (0, 2**63), "decay_every": (1e-9, None),
+            "eval_clips": (2, None),
+        }  # fmt: skip
+        at_least_0 = (
+            "lr epochs steps workers keep_checkpoints pictures warmup_steps clip_grad probe_clips probe_l2 group_parts"
+        )
+        at_least_1 = "batch_size accumulate log_every checkpoint_every demo_clips"
+        limits |= dict.fromkeys(at_least_0.split(), (0, None)) | dict.fromkeys(at_least_1.split(), (1, None))
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not (value >= low and (high is None or value <= high)):
+                bound = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise SettingError(f"--{name} {value}: expected a number {bound}")
+
+    def to_json(self) -> str:
+        """All settings, readable by :func:`from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def fields() -> dict[str, dataclasses.Field]:
+    """The settings by name."""
+    return {f.name: f for f in dataclasses.fields(Config)}
+
+
+def from_json(path: str | Path) -> Config:
+    """Reads what :meth:`Config.to_json` wrote."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise SettingError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingError(f"--config {path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise SettingError(f"--config {path}: expected an object of settings, got {type(values).__name__}")
+    return from_dict(values, str(path))
+
+
+def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
+    """A Config from plain values, as JSON gives them."""
+    hints = typing.get_type_hints(Config)
+    for name in values:
+        if name not in hints:
+            raise SettingError(f"{source}: {unknown('setting', name, hints)}")
+    return Config(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+
+
+def unknown(kind: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """One line that names the nearest of ``known``."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5) or sorted(known)
+    listed = ", ".join(near[:8]) + (", ..." if len(near) > 8 else "")
+    return f"unknown {kind} {name!r}; did you mean: {listed}?"
+
+
+def parse(arguments: Sequence[str], recipes: Mapping[str, Any], positional: str = "recipe") -> tuple[str | None, dict]:
+    """Splits a command line into its positional argument and the settings it changes.
+
+    ``--field value``, ``--field=value``, several values for tuples, ``--flag`` / ``--no-flag`` for booleans, ``none``
+    for None, ``--model.name value`` for one of ``model_args``. Dashes and underscores in names are alike.
+    ``--config FILE`` is returned as the key ``config``.
+    """
+    hints = typing.get_type_hints(Config) | {"config": str | None}
+    first: str | None = None
+    changes: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            if first is not None or word.startswith("-"):
+                raise SettingError(f"unexpected argument {word!r}; expected [{positional.upper()}] [--field value ...]")
+            first = word
+            continue
+        flag, given, inline = word[2:].partition("=")
+        if flag.startswith("model."):
+            key, text = flag[6:].replace("-", "_"), inline if given else _next(rest, flag)
+            changes.setdefault("model_args", {})[key] = _loose(text)
+            continue
+        name = flag.replace("-", "_")
+        hint = hints.get(name)
+        if hint is bool or (name.startswith("no_") and hints.get(name[3:]) is bool):
+            wanted = not (name.startswith("no_") and name not in hints)
+            if not given and rest and rest[0].lower() in ("true", "false"):
+                given, inline = "=", rest.pop(0)
+            value = _convert(name, inline, bool) if given else True
+            changes[name if wanted else name[3:]] = value is wanted
+        elif hint is None or name == "recipe":
+            raise SettingError(unknown("flag", "--" + flag, ["--" + h.replace("recipe", "config") for h in hints]))
+        elif typing.get_origin(hint) is tuple:
+            values = [inline] if given else []
+            while not given and rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            if len(values) == 1:
+                values = [] if values[0].lower() == "none" else values[0].split(",")
+            changes[name] = _convert(name, values, hint)
+        else:
+            text = inline if given else _next(rest, flag)
+            if typing.get_origin(hint) is dict:
+                changes[name] = changes.get(name, {}) | _convert(name, _loose(text), hint)
+            else:
+                changes[name] = _convert(name, text, hint)
+    return first, changes
+
+
+def _next(rest: list[str], flag: str) -> str:
+    if not rest or rest[0].startswith("--"):
+        raise SettingError(f"--{flag} needs a value")
+    return rest.pop(0)
+
+
+def _loose(text: str) -> Any:
+    """JSON where it is JSON, else the text itself; ``true``, ``none`` and ``1e-3`` in any case."""
+    try:
+        return json.loads({"none": "null", "true": "true", "false": "false"}.get(text.lower(), text))
+    except ValueError:
+        return text
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """``value`` (text, or what JSON gave) as the type of the field."""
+    wrong = SettingError(f"--{name} {value}: expected {describe(hint)}")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return _convert(name, value, next(a for a in arguments if a is not type(None)))
+    if origin is Literal:
+        if value not in arguments:
+            raise wrong
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise wrong
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise wrong
+        return tuple(_convert(name, v, kind) for v, kind in zip(value, kinds, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong
+        return value
+    if hint is bool:
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower(), value)
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if hint is str:
+        if not isinstance(value, str):
+            raise wrong
+        return value
+    try:
+        number = float(value)
+        if isinstance(value, bool) or (hint is int and number != int(number)):
+            raise wrong
+        return int(value) if hint is int and isinstance(value, str) and value.lstrip("+-").isdigit() else hint(number)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+
+
+def describe(hint: Any) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe(a) for a in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is tuple:
+        many = arguments[-1] is Ellipsis
+        return f"any number of values ({describe(arguments[0])})" if many else f"{len(arguments)} numbers"
+    if origin is dict:
+        return "a JSON object"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return names.get(hint, str(hint))
+
+
+def help_text(usage: str, base: Config) -> str:
+    """What ``--help`` prints: every field with its default in ``base`` and its documentation."""
+    lines = [usage, "", f"settings (defaults of recipe {base.recipe}):"]
+    for name, f in fields().items():
+        if name == "recipe":
+            continue
+        value = getattr(base, name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        lines.append(f"  --{name} [{shown or '-'}]".ljust(34) + f" {f.metadata['doc']}")
+    lines.append("  --config FILE".ljust(34) + " start from a config.json in place of a recipe")
+    return "\n".join(lines)
+
+
+def fail(message: str, code: int = 2) -> int:
+    """Prints one line on stderr and returns the exit code."""
+    print(f"avfast: {message}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,91 @@
+"""What a run says: a line every n steps, metrics.jsonl, TensorBoard, a progress bar on a terminal. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from avfast.train.parallel import rank
+
+
+class Log:
+    """Writes the records of one run.
+
+    Args:
+        out: run folder.
+        total: optimiser steps of the whole run.
+        start: steps already done; records after it, from a run that was killed later, are dropped.
+        tensorboard: also write events, where tensorboard is installed.
+    """
+
+    def __init__(self, out: Path, total: int, start: int = 0, tensorboard: bool = True) -> None:
+        self.path, self.total, self.start = out / "metrics.jsonl", total, start
+        self.began = time.perf_counter()
+        self.bar = self.events = None
+        self.active = rank() == 0
+        if not self.active:
+            return
+        rows = [row for row in read_metrics(self.path) if row["step"] <= start] if start else []
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.events = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else None)
+            except ImportError:
+                pass
+        if sys.stderr.isatty() and total > start:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        """One line on standard output."""
+        if not self.active:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+
+    def advance(self) -> None:
+        """One optimiser step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def record(self, step: int, row: dict[str, Any]) -> None:
+        """One row of metrics.jsonl and its line. ``row``: loss, losses, lr, clips_per_second, epoch, ..."""
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | row) + "\n")
+        if self.events is not None:
+            for name, value in ({k: v for k, v in row.items() if k != "losses"} | row["losses"]).items():
+                self.events.add_scalar(name, value, step)
+        left = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
+        parts = "  ".join(f"{name} {value:.4f}" for name, value in row["losses"].items())
+        self.say(
+            f"step {step}/{self.total}  epoch {row['epoch']:.1f}  loss {row['loss']:.4f}  {parts}  lr {row['lr']:.2e}  "
+            f"{row['clips_per_second']:.1f} clips/s  eta {int(left // 60)}:{int(left % 60):02d}"
+        )
+
+    def close(self) -> None:
+        """Ends the bar and the event file."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.events is not None:
+            self.events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a line cut short by a kill is skipped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

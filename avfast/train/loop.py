@@ -1,0 +1,133 @@
+"""A run from settings to summary."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from avfast.data.clips import ClipDataset, StepBatches, make_loader
+from avfast.data.manifest import ClipList
+from avfast.distributed import world_size
+from avfast.train import checkpoint, data, parallel
+from avfast.train.config import Config, SettingError
+from avfast.train.log import Log
+from avfast.train.monitor import BadFiles, Window
+from avfast.train.setup import build_model, check_same, resume_point, run_folder, seed_everything
+from avfast.train.summary import finish
+from avfast.train.trainer import Trainer, learning_rate
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, checkpoints and evaluates; returns what summary.json holds.
+
+    Raises:
+        SettingError: a setting is wrong or does not fit the checkpoint.
+        RunError: too many bad files, or a loss that is not finite.
+    """
+    device = parallel.start(config.device)
+    seed_everything(config)
+    out = run_folder(config)
+    resumed = resume_point(config, out)
+    train, held_out = data.sources(config)
+    if not train.clips:
+        raise SettingError(f"no clips to train on: all {len(held_out)} were held out")
+    clips = data.shuffled(train, config.seed) if config.shuffle_pairs else train
+    model = build_model(config, fresh=resumed is None).to(device)
+    trainer = Trainer(model, config, device)
+    dataset = ClipDataset(clips, frontend=model.frontend, train=True, seed=config.seed, cache=config.cache_media)
+    batches = StepBatches(
+        len(clips), config.batch_size, rank=parallel.rank(), world_size=world_size(), seed=config.seed
+    )
+    per_epoch = batches.steps_per_epoch / config.accumulate
+    total = round(config.epochs * per_epoch) if config.steps is None else config.steps
+    start, bad = 0, BadFiles(len(train) + len(held_out), config.max_bad_files)
+    if resumed is not None:
+        state, saved = checkpoint.load(resumed)
+        check_same(config, saved, resumed)
+        trainer.load(state, saved)
+        start = saved["step"]
+        bad.known = dict(saved["bad_files"])
+    if parallel.rank() == 0:
+        (out / "config.json").write_text(config.to_json())
+    log = Log(out, total, start, config.tensorboard)
+    try:
+        introduce(config, log, trainer, train, held_out, total, start, out)
+        loader = make_loader(dataset, batches.starting_at(start * config.accumulate), num_workers=config.workers)
+        speed = fit(trainer, clips, iter(loader), log, bad, out, start, total, per_epoch)
+        return finish(trainer, train, held_out, log, bad, out, total, speed)
+    finally:
+        log.close()
+
+
+def introduce(
+    config: Config, log: Log, trainer: Trainer, train: ClipList, held_out: ClipList, total: int, start: int, out: Path
+) -> None:
+    """The first lines of a run."""
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    precision = "fp32" if trainer.dtype is None else str(trainer.dtype).removeprefix("torch.")
+    log.say(
+        f"{config.recipe}: {config.model} ({parameters:.1f}M parameters), {len(train)} clips, "
+        f"{len(held_out)} held out, {world_size()} x {config.batch_size} clips a step on {trainer.device} in "
+        f"{precision}, {total} steps, run folder {out}"
+    )
+    if start:
+        log.say(f"continuing after step {start}")
+    gathered = config.batch_size * world_size()
+    if config.paper_batch and gathered < config.paper_batch / 2 and parallel.rank() == 0:
+        warnings.warn(
+            f"the contrastive loss sees {gathered} clips at once, the paper's {config.paper_batch}; "
+            f"--accumulate adds no negatives",
+            stacklevel=2,
+        )
+
+
+def fit(
+    trainer: Trainer,
+    clips: ClipList,
+    loader: Iterator[Any],
+    log: Log,
+    bad: BadFiles,
+    out: Path,
+    start: int,
+    total: int,
+    per_epoch: float,
+) -> float | None:
+    """The training loop. Returns clips per second over all processes, checkpoints left out."""
+    config = trainer.config
+    every = config.checkpoint_every or max(round(per_epoch), 1)
+    window = Window()
+    done, seconds = 0, 0.0
+    for step in range(start, total):
+        batches = list(islice(loader, config.accumulate))
+        rate = learning_rate(config, step, per_epoch, total)
+        window.add(step + 1, trainer.step(batches, rate), batches)
+        log.advance()
+        saves = (step + 1) % every == 0 or step + 1 == total
+        if saves or (step + 1) % config.log_every == 0:
+            row = window.close(clips, bad, log)
+            window = Window()
+            done, seconds = done + row.pop("clips"), seconds + row.pop("seconds")
+            log.record(step + 1, row | {"lr": rate, "epoch": (step + 1) / per_epoch})
+        if saves:
+            save(trainer, out, step + 1, bad)
+            window = Window()  # the clock starts after the writing
+    return done / seconds if seconds else None
+
+
+def save(trainer: Trainer, out: Path, step: int, bad: BadFiles) -> None:
+    """A checkpoint of the whole run, written by rank 0."""
+    config = trainer.config
+    model = trainer.model_state()
+    state = trainer.state() | {
+        "step": step,
+        "config": json.loads(config.to_json()),
+        "global_batch": config.batch_size * world_size(),
+        "bad_files": bad.known,
+    }
+    parallel.first_only(
+        lambda: checkpoint.save(out / "checkpoints", step, model, state, config.keep_checkpoints) and None
+    )

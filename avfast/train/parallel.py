@@ -1,0 +1,118 @@
+"""Processes and devices: start-up under torchrun or alone, wrapping a model, small exchanges between ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from avfast.distributed import world_size
+from avfast.train.config import Config, SettingError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Number of this process, 0 where there is only one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def start(name: str) -> torch.device:
+    """Joins the process group torchrun describes, if any, and returns this process's device.
+
+    Small objects travel over gloo on the CPU, gradients over nccl on CUDA.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise SettingError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in rank order, on every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_only(function: Callable[[], T]) -> T:
+    """Runs on rank 0 alone while the others wait, and returns its result (or raises its error) on all."""
+    if world_size() == 1:
+        return function()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """The model as the loop calls it: itself, in DDP, or sharded in place by FSDP2."""
+    if config.shard == "fsdp2":
+        if world_size() == 1:
+            raise SettingError("--shard fsdp2 needs more than one process: torchrun --nproc_per_node=N")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (world_size(),))
+        for block in model.blocks_to_shard():
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+    if world_size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        find_unused_parameters=model.has_unused_parameters,
+    )
+
+
+def accumulating(wrapped: nn.Module, last: bool) -> AbstractContextManager:
+    """Context of one forward and backward pass; only the last of a step exchanges gradients."""
+    if hasattr(wrapped, "set_requires_gradient_sync"):
+        wrapped.set_requires_gradient_sync(last)
+        return nullcontext()
+    return wrapped.no_sync() if hasattr(wrapped, "no_sync") and not last else nullcontext()
+
+
+def precision(config: Config, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None for plain float32."""
+    if config.precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager:
+    """Autocast to ``dtype``, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

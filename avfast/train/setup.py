@@ -1,0 +1,107 @@
+"""What happens before the first step: seeds, the run folder, the checkpoint to continue from, the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from avfast.distributed import world_size
+from avfast.train import checkpoint, parallel
+from avfast.train.config import Config, SettingError
+
+# Settings that may change when a run is resumed: where it runs, how long, what it says, how it is judged.
+FREE = {
+    "out", "resume", "epochs", "steps", "device", "workers", "cache_media", "shard", "checkpoint_activations",
+    "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "pictures", "evaluate", "eval_clips",
+    "probe_clips", "probe_l2", "group_parts", "max_bad_files", "eval_data", "timm", "init_from", "batch_size",
+    "paper_batch",
+}  # fmt: skip
+
+
+def seed_everything(config: Config) -> None:
+    """Seeds every generator and, where asked, allows deterministic kernels only."""
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def run_folder(config: Config) -> Path:
+    """The run folder, made; the same on every process."""
+
+    def make() -> str:
+        out = Path(config.out or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+        checkpoints = out / "checkpoints"
+        if config.resume is None and checkpoint.complete(checkpoints):
+            raise SettingError(f"--out {out} holds checkpoints: continue with --resume auto or choose another folder")
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoint.clean(checkpoints)
+        return str(out)
+
+    return Path(parallel.first_only(make))
+
+
+def resume_point(config: Config, out: Path) -> Path | None:
+    """The checkpoint to continue from, None for a fresh start."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        return checkpoint.find(config.resume)
+    if config.out is None:
+        raise SettingError("--resume auto needs the run folder: --out RUN")
+    found = checkpoint.complete(out / "checkpoints")
+    return found[-1] if found else None
+
+
+def check_same(config: Config, saved: dict[str, Any], path: Path) -> None:
+    """Refuses to continue with settings that would make it another run."""
+    old, new = saved["config"], json.loads(config.to_json())
+    changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if k not in FREE and old.get(k) != v]
+    batch = config.batch_size * world_size()
+    if batch != saved["global_batch"]:
+        changed.append(f"clips per forward pass over all processes {saved['global_batch']} -> {batch}")
+    if changed:
+        raise SettingError(f"--resume {path}: settings differ from the checkpoint's: {'; '.join(changed)}")
+
+
+def build_model(config: Config, fresh: bool = True) -> nn.Module:
+    """The model with the weights it starts from."""
+    from avfast.models import create_model
+
+    try:
+        model = create_model(config.model, **config.model_args)
+    except (TypeError, ValueError, KeyError) as error:
+        raise SettingError(f"--model {config.model}: {error}") from None
+    if config.timm and fresh:
+        start_from_timm(model, config)
+    if config.init_from and fresh:
+        state, _ = checkpoint.load(checkpoint.find(config.init_from))
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise SettingError(f"--init_from {config.init_from}: {' '.join(str(error).split())}") from None
+    return model
+
+
+def start_from_timm(model: nn.Module, config: Config) -> None:
+    """Takes the encoder's weights from a timm Vision Transformer."""
+    from avfast.checkpoints import timm_vit
+
+    if not hasattr(model, "load_vit"):
+        raise SettingError(f"--timm {config.timm}: {config.model} does not start from a Vision Transformer; use none")
+    try:
+        model.load_vit(timm_vit(config.timm, True, model.img_size).state_dict())
+    except Exception as error:  # timm and its download client raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise SettingError(f"--timm {config.timm}: {reason}; --timm none starts from random weights") from error

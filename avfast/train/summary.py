@@ -1,0 +1,74 @@
+"""What a run leaves behind: scores, pictures, summary.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from avfast.data.clips import ClipDataset, eval_loader
+from avfast.data.manifest import ClipList
+from avfast.distributed import world_size
+from avfast.train import data, parallel
+from avfast.train.evaluate import evaluate, table
+from avfast.train.log import Log
+from avfast.train.monitor import BadFiles
+from avfast.train.pictures import draw_losses, draw_reconstructions, reconstructions
+from avfast.train.setup import build_model
+from avfast.train.trainer import Trainer
+
+
+def finish(
+    trainer: Trainer,
+    train: ClipList,
+    held_out: ClipList,
+    log: Log,
+    bad: BadFiles,
+    out: Path,
+    total: int,
+    speed: float | None,
+) -> dict[str, Any]:
+    """Evaluation, pictures and summary.json."""
+    config, model = trainer.config, trainer.model
+    if config.shard != "none":
+        # sharded parameters gather block by block in step with the other processes; evaluation does not go in step
+        state = trainer.model_state()
+        model = build_model(replace(config, timm=None, init_from=None)).to(trainer.device)
+        model.load_state_dict(state)
+    summary: dict[str, Any] = {"retrieval": None, "probe": None, "notes": []}
+    if config.evaluate:
+        summary, failures = evaluate(model, config, train, held_out, trainer.device)
+        bad.add([(f.path, f.reason) for f in failures], log)
+        log.say(table(summary))
+    summary |= {
+        "clips_per_second": speed,
+        "steps": total,
+        "clips": {"train": len(train), "held_out": len(held_out)},
+        "bad_files": {"count": len(bad.known), "files": [{"path": p, "reason": r} for p, r in bad.known.items()]},
+        "model": config.model,
+        "recipe": config.recipe,
+        "processes": world_size(),
+        "device": str(trainer.device),
+    }
+    if config.pictures:
+        paint(trainer, model, data.first(held_out, config.pictures), out)
+    if parallel.rank() == 0:
+        draw_losses(log.path, out / "loss.png")
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    log.say(f"summary, pictures and checkpoints are in {out}")
+    return summary
+
+
+def paint(trainer: Trainer, model: nn.Module, clips: ClipList, out: Path) -> None:
+    """reconstruction.png; every process takes the same clips, and rank 0 draws."""
+    if not clips.clips:
+        return
+    dataset = ClipDataset(clips, frontend=model.frontend, train=False, seed=trainer.config.seed)
+    for batch in eval_loader(dataset, len(clips)):
+        if len(batch.index):
+            rows = reconstructions(model, *trainer.inputs(batch, model.branches[-1], train=False))
+            if rows and parallel.rank() == 0:
+                draw_reconstructions(rows, out / "reconstruction.png")

@@ -1,0 +1,140 @@
+"""One optimiser step: branches, accumulation, mixed precision, learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avfast.distributed import world_size
+from avfast.masking import DrawKey
+from avfast.train import checkpoint, parallel
+from avfast.train.config import Config
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: float, total: int) -> float:
+    """The learning rate of optimiser step ``step`` (from 0); a function of nothing else, so resuming needs no state.
+
+    The step schedule is ``MultiStepLR`` with milestones ``decay_start + i decay_every`` in finished epochs.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "step":
+        epoch = step // steps_per_epoch
+        decays = 0 if epoch < config.decay_start else int((epoch - config.decay_start) // config.decay_every) + 1
+        return config.lr * config.decay_rate**decays
+    share = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+class Trainer:
+    """A model with its optimisers, one per branch of the model, each with a loss scaler of its own.
+
+    Args:
+        model: with ``draw``, ``branches``, ``frontend`` and ``has_unused_parameters``, on ``device``.
+        config: of the run.
+        device: of the model.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.dtype = parallel.precision(config, device)
+        if config.checkpoint_activations:
+            model.set_grad_checkpointing(True)
+        self.wrapped = parallel.wrap(model, config, device)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        self.optimizers = [
+            kind(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+            for _ in model.branches
+        ]
+        half = self.dtype is torch.float16
+        self.scalers = [torch.amp.GradScaler(device.type, enabled=half) for _ in model.branches]
+
+    def step(self, batches: list[Any], lr: float) -> dict[str, Tensor]:
+        """One optimiser step per branch on the same batches; the mean losses, still on the device."""
+        self.wrapped.train()
+        means: dict[str, Tensor] = {}
+        for branch, optimizer, scaler in zip(self.model.branches, self.optimizers, self.scalers, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            for i, batch in enumerate(batches):
+                with parallel.accumulating(self.wrapped, last=i == len(batches) - 1):
+                    output = self.forward(self.wrapped, batch, branch)
+                    scaler.scale(output.loss / len(batches)).backward()
+                for name, value in ({"loss": output.loss} | output.losses).items():
+                    means[name] = means.get(name, 0) + value.detach().float() / len(batches)
+            if self.config.clip_grad is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+            scaler.update()
+        return means
+
+    def forward(self, call: nn.Module, batch: Any, branch: str, train: bool = True) -> Any:
+        """The model's output for a batch of clips, every random choice keyed by the batch's step and positions."""
+        audio, visual, draws = self.inputs(batch, branch, train)
+        with parallel.autocast(self.dtype, self.device):
+            return call(audio, visual, draws)
+
+    def inputs(self, batch: Any, branch: str, train: bool = True) -> tuple[Tensor, Tensor, Any]:
+        """``(audio, visual, draws)`` of a batch of clips, on the device."""
+        key = DrawKey(self.config.seed, batch.step, batch.positions, batch.total)
+        with torch.no_grad():
+            waveform, samples = self._move(batch.waveform), self._move(batch.num_samples)
+            audio = self.model.frontend.audio(waveform, samples, train=train, key=key)
+            visual = self.model.frontend.visual(self._move(batch.frames))
+        draws = self.model.draw(
+            len(batch.positions),
+            key=key,
+            branch=branch,
+            has_audio=batch.has_audio.tolist(),
+            has_visual=batch.has_visual.tolist(),
+        )
+        return audio, visual, draws.to(self.device)
+
+    def _move(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The full state dict; every process must call it where parameters are sharded."""
+        if self.config.shard == "none":
+            return self.model.state_dict()
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def state(self) -> dict[str, Any]:
+        """Optimisers, scalers and the random state of every process; every process must call it."""
+        if self.config.shard == "none":
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        else:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            optimizers = [get_optimizer_state_dict(self.model, o, options=options) for o in self.optimizers]
+        return {
+            "optimizers": optimizers,
+            "scalers": [scaler.state_dict() for scaler in self.scalers],
+            "rng": parallel.gather(checkpoint.rng_state()),
+        }
+
+    def load(self, model: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continues from what :meth:`model_state` and :meth:`state` gave."""
+        if self.config.shard == "none":
+            self.model.load_state_dict(model)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        else:
+            from torch.distributed.checkpoint import state_dict as full
+
+            options = full.StateDictOptions(full_state_dict=True)
+            full.set_model_state_dict(self.model, model, options=options)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                full.set_optimizer_state_dict(self.model, optimizer, saved, options=options)
+        for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
+            scaler.load_state_dict(saved)
+        if len(state["rng"]) == world_size():
+            checkpoint.set_rng_state(state["rng"][parallel.rank()])

@@ -1,0 +1,123 @@
+import dataclasses
+import json
+
+import pytest
+
+from avfast.train import config as settings
+from avfast.train.__main__ import main, resolve
+from avfast.train.config import Config, SettingError, fields, from_dict, from_json
+from avfast.train.recipes import RECIPES
+from avfast.train.trainer import learning_rate
+
+
+def test_every_field_is_documented():
+    assert all(field.metadata["doc"] for field in fields().values())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_json(name, tmp_path):
+    recipe = RECIPES[name]()
+    assert recipe.recipe == name
+    (tmp_path / "config.json").write_text(recipe.to_json())
+    assert from_json(tmp_path / "config.json") == recipe
+    assert resolve(["--config", str(tmp_path / "config.json")]) == recipe
+
+
+def test_published_settings():
+    """Tables 4-6 of the supplement; GPUs x batch is 1536 in each."""
+    for name, batch, gpus in (("base", 96, 16), ("large", 48, 32), ("huge", 24, 64)):
+        recipe = RECIPES[f"avsiam_{name}_pretrain"]()
+        assert (recipe.batch_size, recipe.batch_size * gpus) == (batch, recipe.paper_batch)
+        assert (recipe.optimizer, recipe.lr, recipe.betas, recipe.weight_decay) == ("adam", 1e-4, (0.95, 0.999), 5e-7)
+        assert (recipe.decay_start, recipe.decay_rate, recipe.decay_every, recipe.epochs) == (10, 0.5, 5, 20)
+
+
+def test_step_decay_is_multi_step_lr():
+    import torch
+
+    recipe, per_epoch = RECIPES["avsiam_base_pretrain"](), 3
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.lr)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(range(10, 1000, 5)), gamma=0.5)
+    for epoch in range(20):
+        for step in range(per_epoch):
+            assert learning_rate(recipe, epoch * per_epoch + step, per_epoch, 60) == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warm_up_and_cosine():
+    config = Config(schedule="cosine", lr=1.0, warmup_steps=4, min_lr=0.1)
+    rates = [learning_rate(config, step, 10, 24) for step in range(25)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[14] == pytest.approx(0.55) and rates[24] == pytest.approx(0.1)
+
+
+def test_flags():
+    changed = resolve(
+        ["demo", "--batch-size", "8", "--lr=1e-3", "--betas", "0.9", "0.99", "--deterministic", "--no-tensorboard"]
+        + ["--data", "a b", "c,d", "--steps", "none", "--clip_grad", "None", "--evaluate", "false", "--eval_data=x,y"]
+        + ["--model.depth", "4", "--model.mask_ratios", "[0, 0.5]", "--model.norm-pix", "False", "--epochs", "3"]
+    )
+    assert (changed.batch_size, changed.lr, changed.betas) == (8, 1e-3, (0.9, 0.99))
+    assert changed.deterministic and not changed.tensorboard and not changed.evaluate
+    assert changed.data == ("a b", "c,d") and changed.eval_data == ("x", "y")
+    assert changed.steps is None and changed.clip_grad is None and changed.epochs == 3.0
+    assert changed.model_args == {"depth": 4, "mask_ratios": [0, 0.5], "norm_pix": False}
+    assert resolve(["--model_args", '{"depth": 2}']).model_args == {"depth": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["dem"], "unknown recipe 'dem'; did you mean: demo?"),
+        (["avsiam_base_pretrian"], "avsiam_base_pretrain"),
+        (["--batchsize", "3"], "unknown flag '--batchsize'; did you mean: --batch_size"),
+        (["--batch_size", "x"], "--batch_size x: expected a whole number"),
+        (["--batch_size", "1.5"], "--batch_size 1.5: expected a whole number"),
+        (["--batch_size", "0"], "--batch_size 0: expected a number at least 1"),
+        (["--lr"], "--lr needs a value"),
+        (["--lr", "nan"], "--lr nan: expected a number at least 0"),
+        (["--betas", "0.9"], "expected 2 numbers"),
+        (["--precision", "fp8"], "expected auto or fp32 or bf16 or fp16"),
+        (["--deterministic=perhaps"], "expected true or false"),
+        (["--model_args", "3"], "expected a JSON object"),
+        (["demo", "more"], "unexpected argument 'more'"),
+        (["--config", "no/such/file"], "--config no/such/file: No such file or directory"),
+        (["demo", "--config", "x.json"], "not both"),
+        (["--recipe", "demo"], "unknown flag '--recipe'"),
+    ],
+)
+def test_wrong_flags_are_answered_in_one_line(arguments, says, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err and printed.err.count("\n") == 1 and printed.err.startswith("avfast: ")
+
+
+def test_wrong_config_files(tmp_path):
+    path = tmp_path / "config.json"
+    for text, says in (("{", "not JSON"), ("[]", "expected an object"), ('{"epoch": 3}', "did you mean: epochs")):
+        path.write_text(text)
+        with pytest.raises(SettingError, match=says):
+            from_json(path)
+
+
+def test_help_names_every_setting(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in fields() if name != "recipe")
+    assert all(name in text for name in RECIPES)
+    assert max(map(len, text.splitlines())) < 160
+
+
+def test_a_resumed_run_takes_its_own_settings(tmp_path):
+    stored = dataclasses.replace(RECIPES["avsiam_base_pretrain"](), lr=0.5, out=str(tmp_path))
+    (tmp_path / "config.json").write_text(stored.to_json())
+    resumed = resolve(["--resume", "auto", "--out", str(tmp_path), "--steps", "3"])
+    assert resumed == dataclasses.replace(stored, resume="auto", steps=3)
+    assert resolve(["demo", "--resume", "auto", "--out", str(tmp_path)]).lr != 0.5
+
+
+def test_from_dict_restores_tuples():
+    values = json.loads(Config(data=("a",)).to_json())
+    assert values["data"] == ["a"] and from_dict(values).data == ("a",)
+    assert settings.describe(float | None) == "a number or none"
