@@ -1,1 +1,42 @@
 """Clips in, tensors out: manifests, media decoding, log-mel filter banks, augmentation and the built-in demo clips."""
+
+from avfast.data.clips import (
+    BadFiles,
+    Batch,
+    ClipDataset,
+    Failure,
+    StepBatches,
+    TooManyBadFiles,
+    collate,
+    eval_loader,
+    make_loader,
+)
+from avfast.data.frontend import KaldiFrontend
+from avfast.data.log_mel import log_mel
+from avfast.data.manifest import Clip, ClipList, read, read_folder, read_manifest
+from avfast.data.media import MediaError, MediaFile, MediaInfo, probe, read_audio, read_frames
+
+__all__ = [
+    "BadFiles",
+    "Batch",
+    "Clip",
+    "ClipDataset",
+    "ClipList",
+    "Failure",
+    "KaldiFrontend",
+    "MediaError",
+    "MediaFile",
+    "MediaInfo",
+    "StepBatches",
+    "TooManyBadFiles",
+    "collate",
+    "eval_loader",
+    "log_mel",
+    "make_loader",
+    "probe",
+    "read",
+    "read_audio",
+    "read_folder",
+    "read_frames",
+    "read_manifest",
+]

@@ -1,0 +1,61 @@
+"""Crops of pictures, their parameters drawn from a generator that the caller names."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+
+def random_crop_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a box with an area share from ``scale`` and an aspect from ``ratio`` (log-uniform).
+
+    The sampling of torchvision's RandomResizedCrop, which draws from torch's global generator; boxes that do not fit in
+    ten trials give way to the largest central one within ``ratio``.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def train_crop(
+    frames: Tensor, size: int, rng: np.random.Generator, *, scale: tuple[float, float] = (0.2, 1.0)
+) -> Tensor:
+    """(F, 3, H, W) uint8 -> (F, 3, size, size): one random resized crop and one coin for a flip, for all frames."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
+    box = random_crop_box(frames.shape[-2], frames.shape[-1], rng, scale)
+    frames = functional.resized_crop(frames, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    return functional.horizontal_flip(frames) if rng.random() < 0.5 else frames
+
+
+def eval_crop(frames: Tensor, size: int) -> Tensor:
+    """(F, 3, H, W) uint8 -> (F, 3, size, size): the short side resized to ``size``, then the centre."""
+    from torchvision.transforms.v2 import functional
+
+    return functional.center_crop(resize_short_side(frames, size), [size, size])
+
+
+def resize_short_side(frames: Tensor, size: int) -> Tensor:
+    """(F, 3, H, W) uint8 with the shorter of H and W resized to ``size``, bicubic with antialiasing."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
+    height, width = frames.shape[-2:]
+    short = min(height, width)
+    to = [max(size, round(height * size / short)), max(size, round(width * size / short))]
+    return frames if to == [height, width] else functional.resize(frames, to, InterpolationMode.BICUBIC, antialias=True)

@@ -1,0 +1,353 @@
+"""From lists of clips to batches: sampling, collating, loading, and an account of what could not be read.
+
+Everything random is named by (seed, step, position in the global batch), so a run may stop and resume at any step and
+be split over any number of processes and workers without changing a sample.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from avfast.data.dataset import ClipDataset, Failure, Item, Sample
+from avfast.masking import DrawKey
+
+__all__ = [
+    "BadFiles",
+    "Batch",
+    "ClipDataset",
+    "Failure",
+    "Loader",
+    "Sample",
+    "StepBatches",
+    "TooManyBadFiles",
+    "collate",
+    "eval_loader",
+    "make_loader",
+]
+
+logger = logging.getLogger("avfast")
+
+
+@dataclass
+class Batch:
+    """The local part of a global batch. B counts the samples that could be decoded, and may be 0.
+
+    Attributes:
+        waveform: (B, S) float32, zero-padded to the longest; zeros for a sample without sound.
+        num_samples: (B,) int64, valid samples of each row.
+        frames: (B, 3, H, W) uint8, or (B, F, 3, H, W) from a dataset with ``eval_frames`` > 1; zeros without pictures.
+        has_audio, has_visual: (B,) bool.
+        labels: (B, C) float32 multi-hot, or None where the data has no classes.
+        index: (B,) int64, which clips.
+        positions: of each sample in the global batch; failures leave holes.
+        step: of the sampler.
+        total: planned size of the global batch.
+        failures: what this process could not decode.
+        short: (B,) bool, see :class:`Sample`.
+    """
+
+    waveform: Tensor
+    num_samples: Tensor
+    frames: Tensor
+    has_audio: Tensor
+    has_visual: Tensor
+    labels: Tensor | None
+    index: Tensor
+    positions: tuple[int, ...]
+    step: int
+    total: int
+    failures: list[Failure]
+    short: Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def key(self, seed: int) -> DrawKey:
+        """The key of this batch's draws."""
+        return DrawKey(seed, self.step, self.positions, self.total)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """This batch with its tensors on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """This batch in page-locked memory (the hook of torch's DataLoader)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+class StepBatches:
+    """Which clips make up which batch: a batch sampler that is a pure function of (seed, step).
+
+    Each epoch is a new permutation of the clips, cut into global batches; the last, incomplete one is left out. With
+    ``weights``, clips are drawn with replacement instead. A step's global batch does not depend on the number of
+    processes: each takes a contiguous part of it.
+
+    Args:
+        num_clips: to choose from.
+        batch_size: planned size of the global batch, over all processes. More than there are clips: all clips, with a
+            warning.
+        steps: end of the range of steps.
+        start_step: its beginning; a resumed run begins where it left off.
+        seed: of the permutations.
+        rank, world_size: this process and how many there are.
+        weights: (num_clips,) sampling weights.
+
+    Attributes:
+        total: size of the global batch.
+        steps_per_epoch: batches until every clip had its turn.
+    """
+
+    def __init__(
+        self,
+        num_clips: int,
+        batch_size: int,
+        *,
+        steps: int,
+        start_step: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        if num_clips < 1 or batch_size < 1:
+            raise ValueError(f"expected at least one clip and a batch of at least 1, got {num_clips} and {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 .. {world_size - 1}, got {rank}")
+        if not 0 <= start_step <= steps:
+            raise ValueError(f"start_step: expected 0 .. steps ({steps}), got {start_step}")
+        if batch_size > num_clips:
+            warnings.warn(
+                f"the data holds {num_clips} clips, fewer than a batch of {batch_size}: batches of {num_clips}",
+                stacklevel=2,
+            )
+        self.total = min(batch_size, num_clips)
+        if self.total < world_size:
+            raise ValueError(
+                f"a global batch of {self.total} clips leaves some of the {world_size} processes without any"
+            )
+        self.num_clips = num_clips
+        self.steps_per_epoch = num_clips // self.total
+        self.steps = steps
+        self.start_step = start_step
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._cumulative: np.ndarray | None = None
+        if weights is not None:
+            values = np.asarray(weights, dtype=np.float64)
+            if values.shape != (num_clips,) or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+                raise ValueError(
+                    f"weights: expected {num_clips} numbers of 0 or more, not all 0, got shape {values.shape}"
+                )
+            self._cumulative = np.cumsum(values) / values.sum()
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.steps - self.start_step
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        for step in range(self.start_step, self.steps):
+            yield self.at(step)
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """(total,) clip indices of a step, by position."""
+        if self._cumulative is not None:
+            draws = self._rng("weighted", step).random(self.total)
+            return np.searchsorted(self._cumulative, draws, side="right").clip(max=self.num_clips - 1)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._permutation[0] != epoch:
+            self._permutation = (epoch, self._rng("epoch", epoch).permutation(self.num_clips))
+        return self._permutation[1][place * self.total : (place + 1) * self.total]
+
+    def at(self, step: int) -> list[Item]:
+        """This process's part of a step's batch."""
+        first, last = _share(self.total, self.rank, self.world_size)
+        return [(int(index), step, first + i) for i, index in enumerate(self.global_batch(step)[first:last])]
+
+    def _rng(self, stream: str, number: int) -> np.random.Generator:
+        return DrawKey(self.seed, number, (0,), 1).generator(stream, 0)
+
+
+class _InOrder:
+    """Every clip once, this process's contiguous part of them."""
+
+    def __init__(self, num_clips: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.first, self.last = _share(num_clips, rank, world_size)
+        self.batch_size = batch_size
+        self.total = num_clips
+
+    def __len__(self) -> int:
+        return -(-(self.last - self.first) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        for first in range(self.first, self.last, self.batch_size):
+            yield [(index, 0, index) for index in range(first, min(first + self.batch_size, self.last))]
+
+
+def _share(count: int, rank: int, world_size: int) -> tuple[int, int]:
+    return rank * count // world_size, (rank + 1) * count // world_size
+
+
+def collate(
+    samples: Sequence[Sample | Failure], *, total: int, image_size: int, num_frames: int = 1, num_classes: int = 0
+) -> Batch:
+    """Decoded clips to a :class:`Batch`; failures to its list, the others keep their order and positions.
+
+    Args:
+        samples: at least one, all of one step.
+        total: planned size of the global batch.
+        image_size, num_frames, num_classes: shapes that a batch without a sample must have too.
+    """
+    good = [sample for sample in samples if isinstance(sample, Sample)]
+    lengths = [0 if sample.waveform is None else len(sample.waveform) for sample in good]
+    waveform = torch.zeros(len(good), max(lengths, default=0))
+    frames = torch.zeros(len(good), num_frames, 3, image_size, image_size, dtype=torch.uint8)
+    labels = torch.zeros(len(good), num_classes) if num_classes else None
+    for row, sample in enumerate(good):
+        if sample.waveform is not None:
+            waveform[row, : lengths[row]] = sample.waveform
+        if sample.frames is not None:
+            frames[row] = sample.frames
+        if labels is not None:
+            labels[row, list(sample.labels)] = 1.0
+    return Batch(
+        waveform=waveform,
+        num_samples=torch.tensor(lengths, dtype=torch.long),
+        frames=frames.squeeze(1) if num_frames == 1 else frames,
+        has_audio=torch.tensor([sample.waveform is not None for sample in good], dtype=torch.bool),
+        has_visual=torch.tensor([sample.frames is not None for sample in good], dtype=torch.bool),
+        labels=labels,
+        index=torch.tensor([sample.index for sample in good], dtype=torch.long),
+        positions=tuple(sample.position for sample in good),
+        step=samples[0].step,
+        total=total,
+        failures=[sample for sample in samples if isinstance(sample, Failure)],
+        short=torch.tensor([sample.short for sample in good], dtype=torch.bool),
+    )
+
+
+class Loader:
+    """Iterable of batches that says once when clips are shorter than the model's window.
+
+    Attributes:
+        short: indices of the short clips met so far.
+    """
+
+    def __init__(self, loader: DataLoader[Any], seconds: float) -> None:
+        self._loader = loader
+        self._seconds = seconds
+        self.short: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if batch.short.any():
+                if not self.short:
+                    logger.warning("some clips are shorter than the model's %.2f s: their end is padded", self._seconds)
+                self.short.update(batch.index[batch.short].tolist())
+            yield batch
+
+
+def make_loader(
+    dataset: ClipDataset, batches: StepBatches | _InOrder, num_workers: int = 0, *, pin_memory: bool = False
+) -> Loader:
+    """Batches of ``dataset`` as ``batches`` says.
+
+    Args:
+        num_workers: processes that decode, started through a fork server (FFmpeg hangs in plain forks of a process that
+            has threads). A dataset with a cache is read in this process: nothing is left to decode.
+        pin_memory: as in torch's DataLoader.
+    """
+    workers = 0 if dataset.cache else num_workers
+    context = None
+    if workers:
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch"])
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        multiprocessing_context=context,
+        pin_memory=pin_memory,
+        collate_fn=partial(
+            collate,
+            total=batches.total,
+            image_size=dataset.image_size,
+            num_frames=dataset.num_frames,
+            num_classes=len(dataset.class_names),
+        ),
+    )
+    return Loader(loader, dataset.seconds)
+
+
+def eval_loader(
+    dataset: ClipDataset,
+    batch_size: int,
+    num_workers: int = 0,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> Loader:
+    """Every clip once and in order; process ``rank`` gets a contiguous part, sizes differing by one at most."""
+    return make_loader(
+        dataset, _InOrder(len(dataset), batch_size, rank, world_size), num_workers, pin_memory=pin_memory
+    )
+
+
+class TooManyBadFiles(RuntimeError):
+    """More files than tolerated could not be decoded; the message names them."""
+
+
+@dataclass
+class BadFiles:
+    """Account of the files that could not be decoded.
+
+    Args:
+        total: clips in the data.
+        max_share: of them that may be bad.
+    """
+
+    total: int
+    max_share: float = 0.05
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, failures: Iterable[Failure]) -> list[Failure]:
+        """Counts each path once; returns those that are new, for the log."""
+        new = []
+        for failure in failures:
+            if failure.path not in self.reasons:
+                self.reasons[failure.path] = failure.reason
+                new.append(failure)
+        return new
+
+    def check(self) -> None:
+        """Raises TooManyBadFiles when more than ``max_share`` of all clips are bad."""
+        count = len(self.reasons)
+        if count > self.max_share * self.total:
+            shown = [f"{path}: {reason}" for path, reason in list(self.reasons.items())[:10]]
+            more = [f"and {count - 10} more"] if count > 10 else []
+            raise TooManyBadFiles(
+                f"{count} of {self.total} clips cannot be decoded, more than the {self.max_share:.3g} share allowed: "
+                + "; ".join(shown + more)
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json: ``{"count", "total", "files": {path: reason}}``."""
+        return {"count": len(self.reasons), "total": self.total, "files": dict(self.reasons)}

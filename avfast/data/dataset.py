@@ -1,0 +1,255 @@
+"""Clips decoded and cropped, one at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from avfast.data.augment import eval_crop, resize_short_side, train_crop
+from avfast.data.manifest import Clip, ClipList
+from avfast.data.media import MediaError, MediaFile, read_image
+from avfast.masking import DrawKey
+
+Item = tuple[int, int, int]  # index of the clip, step, position in the global batch
+_STILLS = 10  # frame_0 .. frame_9 of CAV-MAE's folders
+_STILLS_SECONDS = 10.0
+_CACHED_FRAMES = 16
+_CACHED_SIZE = 1.25  # short side of a cached frame, in image sizes
+_SHORT = 0.95  # a clip shorter than this share of the model's window counts as short
+
+
+class Frontend(Protocol):
+    """What a dataset has to know of a model's front end."""
+
+    image_size: int
+    sample_rate: int
+
+    @property
+    def seconds(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A clip that could not be decoded: the file at fault, why, and whose place it leaves empty."""
+
+    path: str
+    reason: str
+    index: int = -1
+    step: int = 0
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded clip.
+
+    Attributes:
+        index, step, position: as asked for.
+        waveform: (samples,) float32, or None without sound.
+        frames: (F, 3, size, size) uint8, or None without pictures.
+        labels: class indices.
+        short: it has less than 95 % of the window that the model looks at; the rest will be padded.
+    """
+
+    index: int
+    step: int
+    position: int
+    waveform: Tensor | None
+    frames: Tensor | None
+    labels: tuple[int, ...]
+    short: bool
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """All of a clip that the cache keeps."""
+
+    waveform: Tensor | None
+    frames: Tensor | None  # (N, 3, h, w) uint8
+    times: Sequence[float]
+    duration: float
+
+
+class ClipDataset(Dataset[Sample | Failure]):
+    """Decodes and crops clips.
+
+    Training takes a random window of ``frontend.seconds`` where the clip is longer, a random frame within it, a random
+    resized crop and a coin for the flip. Evaluation takes the first window, and the middle frame or ``eval_frames``
+    frames in the middles of equal parts of it, resized and centre-cropped.
+
+    Args:
+        clip_list: the clips.
+        frontend: of the model; ``seconds``, ``sample_rate`` and ``image_size`` count here.
+        train: see above.
+        seed: of the random choices of training.
+        cache: keep what is decoded in memory: all sound, and at most 16 frames per clip, evenly spaced, with a short
+            side of 1.25 image sizes at most. For data sets that fit.
+        eval_frames: frames per clip in evaluation.
+        crop_scale: area share of the random crop.
+    """
+
+    def __init__(
+        self,
+        clip_list: ClipList,
+        *,
+        frontend: Frontend,
+        train: bool,
+        seed: int = 0,
+        cache: bool = False,
+        eval_frames: int = 1,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+    ) -> None:
+        if eval_frames < 1:
+            raise ValueError(f"eval_frames: expected 1 or more, got {eval_frames}")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale: expected 0 < low <= high <= 1, got {crop_scale}")
+        self.clips = clip_list.clips
+        self.class_names = clip_list.class_names
+        self.seconds = frontend.seconds
+        self.sample_rate = frontend.sample_rate
+        self.image_size = frontend.image_size
+        self.train = train
+        self.seed = seed
+        self.cache = cache
+        self.num_frames = 1 if train else eval_frames
+        self.crop_scale = crop_scale
+        self._cached: dict[int, _Decoded | MediaError] = {}
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, item: Item) -> Sample | Failure:
+        """Decodes clip ``index`` for ``position`` of ``step``; what cannot be decoded comes back as a Failure."""
+        index, step, position = item
+        clip = self.clips[index]
+        rng = DrawKey(self.seed, step, (position,), position + 1).generator("clip", position) if self.train else None
+        try:
+            waveform, frames, short = self._cut(self._remember(index), rng) if self.cache else self._decode(clip, rng)
+            if waveform is None and frames is None:
+                raise MediaError(clip.path, "holds neither sound nor pictures")
+        except MediaError as error:
+            return Failure(error.path, error.reason, index, step, position)
+        if frames is not None:
+            size = self.image_size
+            frames = eval_crop(frames, size) if rng is None else train_crop(frames, size, rng, scale=self.crop_scale)
+        return Sample(index, step, position, waveform, frames, clip.labels, short)
+
+    def warm(self, progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items, threads: int = 2) -> None:
+        """Fills the cache with every clip, decoding in threads (FFmpeg runs without Python's lock).
+
+        Args:
+            progress: wraps the finished clips, e.g. ``partial(tqdm, total=len(dataset))``.
+            threads: at work.
+        """
+        if not self.cache:
+            raise ValueError("warm() needs a ClipDataset(cache=True)")
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in progress(pool.map(self._fill, range(len(self)))):
+                pass
+
+    def _window(self, duration: float, rng: np.random.Generator | None) -> tuple[float, list[float], bool]:
+        """(start, times of the frames, short)."""
+        start = 0.0 if rng is None else rng.uniform(0.0, max(duration - self.seconds, 0.0))
+        length = min(self.seconds, duration - start)
+        middles = (np.arange(self.num_frames) + 0.5) / self.num_frames if rng is None else [rng.random()]
+        return start, [start + length * float(at) for at in middles], duration < _SHORT * self.seconds
+
+    def _decode(self, clip: Clip, rng: np.random.Generator | None) -> tuple[Tensor | None, Tensor | None, bool]:
+        with ExitStack() as stack:
+            sound, pictures = _open(clip, stack)
+            duration = _duration(sound, pictures)
+            start, times, short = self._window(duration, rng)
+            waveform = None
+            if sound is not None:
+                waveform = sound.audio(sample_rate=self.sample_rate, start=start, seconds=self.seconds)
+                if waveform is not None and len(waveform) == 0 and start > 0:  # the file ends before its header says
+                    waveform = sound.audio(sample_rate=self.sample_rate, seconds=self.seconds)
+            return _non_empty(waveform), _pictures(clip, pictures, times, duration), short
+
+    def _remember(self, index: int) -> _Decoded:
+        if index not in self._cached:
+            self._fill(index)
+        found = self._cached[index]
+        if isinstance(found, MediaError):
+            raise found
+        return found
+
+    def _fill(self, index: int) -> int:
+        try:
+            self._cached[index] = self._decode_all(self.clips[index])
+        except MediaError as error:
+            self._cached[index] = error
+        return index
+
+    def _decode_all(self, clip: Clip) -> _Decoded:
+        with ExitStack() as stack:
+            sound, pictures = _open(clip, stack)
+            duration = _duration(sound, pictures)
+            waveform = sound.audio(sample_rate=self.sample_rate) if sound is not None else None
+            rate = pictures.info.frame_rate if pictures is not None else 0.0
+            count = _CACHED_FRAMES if rate <= 0 else min(_CACHED_FRAMES, max(1, round(duration * rate)))
+            times = [duration * (i + 0.5) / count for i in range(count)]
+            frames = _pictures(clip, pictures, times, duration)
+        if frames is not None:
+            size = int(_CACHED_SIZE * self.image_size)
+            frames = resize_short_side(frames, size) if min(frames.shape[-2:]) > size else frames
+            frames = frames.contiguous()
+        return _Decoded(_non_empty(waveform), frames, times, duration)
+
+    def _cut(self, clip: _Decoded, rng: np.random.Generator | None) -> tuple[Tensor | None, Tensor | None, bool]:
+        start, times, short = self._window(clip.duration, rng)
+        waveform, frames = clip.waveform, clip.frames
+        if waveform is not None:
+            first, count = round(start * self.sample_rate), round(self.seconds * self.sample_rate)
+            waveform = waveform[first : first + count] if first < len(waveform) else waveform[:count]
+        if frames is not None:
+            frames = frames[[int(np.argmin(np.abs(np.asarray(clip.times) - time))) for time in times]]
+        return waveform, frames, short
+
+
+def _open(clip: Clip, stack: ExitStack) -> tuple[MediaFile | None, MediaFile | None]:
+    """(sound, pictures), one file where both are in one."""
+    sound = stack.enter_context(MediaFile(clip.audio_path)) if clip.audio_path else None
+    if clip.video_path is None:
+        return sound, None
+    if clip.video_path == clip.audio_path:
+        return sound, sound
+    return sound, stack.enter_context(MediaFile(clip.video_path))
+
+
+def _duration(sound: MediaFile | None, pictures: MediaFile | None) -> float:
+    """Of what both have; extracted stills alone stand for ten seconds."""
+    return min((media.info.duration for media in (sound, pictures) if media is not None), default=_STILLS_SECONDS)
+
+
+def _pictures(clip: Clip, media: MediaFile | None, times: Sequence[float], duration: float) -> Tensor | None:
+    """(F, 3, H, W) uint8."""
+    frames = media.frames(times) if media is not None else None
+    if clip.frames_dir is not None:
+        share = [time / duration if duration > 0 else 0.5 for time in times]
+        frames = torch.stack([_still(clip.frames_dir, clip.id, min(int(_STILLS * at), _STILLS - 1)) for at in share])
+    return None if frames is None else frames.permute(0, 3, 1, 2)
+
+
+def _still(folder: str, name: str, number: int) -> Tensor:
+    """Frame ``number`` or, as in the released loaders, the nearest one before it that is there."""
+    for i in range(number, -1, -1):
+        path = os.path.join(folder, f"frame_{i}", f"{name}.jpg")
+        if os.path.exists(path):
+            return read_image(path)
+    raise MediaError(
+        os.path.join(folder, f"frame_{number}", f"{name}.jpg"), "no such picture, nor one of a lower number"
+    )
+
+
+def _non_empty(waveform: Tensor | None) -> Tensor | None:
+    return None if waveform is None or len(waveform) == 0 else waveform

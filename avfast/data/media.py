@@ -1,0 +1,405 @@
+"""Sound and pictures out of media files, through PyAV (which carries its own FFmpeg).
+
+Time zero of a file is its container's start time, or 0 where that is negative (codec priming), so sound and pictures of
+one file share one clock whatever offsets its streams have. Priming samples of AAC, Opus and MP3 are dropped as the
+container signals them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
+    from av.video.stream import VideoStream
+
+VIDEO_EXTENSIONS = frozenset(
+    {".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".flv", ".3gp", ".wmv"}
+)
+AUDIO_EXTENSIONS = frozenset({".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac"})
+MEDIA_EXTENSIONS = VIDEO_EXTENSIONS | AUDIO_EXTENSIONS
+
+_SEEK_FROM = 1.0  # seconds: nearer to the start, decoding from the beginning is cheaper than it is risky to seek
+_PREROLL = 0.25  # seconds decoded ahead of a window, for codecs whose frames lean on earlier ones
+_GAP = 0.05  # seconds by which timestamps may stray from the sample count before silence is put in
+_ROUNDING = 1e-3  # seconds: Matroska stores times in milliseconds
+
+
+class MediaError(Exception):
+    """A file cannot be decoded. The message names the file and the reason.
+
+    Attributes:
+        path, reason: the two parts of the message.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a file holds, as its header says.
+
+    Attributes:
+        duration: in seconds, 0.0 if nothing tells.
+        has_audio, has_video: whether there is such a stream; a cover picture is no video.
+        sample_rate, channels: of the sound, 0 without one.
+        width, height: of the coded picture, before rotation; 0 without one.
+        frame_rate: average, 0.0 if unknown.
+    """
+
+    duration: float
+    has_audio: bool
+    has_video: bool
+    sample_rate: int = 0
+    channels: int = 0
+    width: int = 0
+    height: int = 0
+    frame_rate: float = 0.0
+
+
+class MediaFile:
+    """An open media file. Use it as a context manager, from one thread.
+
+    Args:
+        path: of the file. Streams beyond the first of each kind are ignored.
+
+    Raises:
+        MediaError: the file is missing, empty, no media file, or holds neither sound nor pictures.
+    """
+
+    info: MediaInfo
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._container: Any = None
+        self._fresh = False
+        self._open()
+        try:
+            self.info = self._probe()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> MediaFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def audio(self, *, sample_rate: int = 16000, start: float = 0.0, seconds: float | None = None) -> Tensor | None:
+        """The sound between ``start`` and ``start + seconds`` (default: to the end).
+
+        Channels are averaged (5.1 included), then resampled by FFmpeg. A stream that begins late or has holes is filled
+        with silence, so sample ``i`` always stands at ``start + i / sample_rate`` seconds.
+
+        Returns:
+            (samples,) float32 in [-1, 1] full scale, shorter than asked where the sound ends earlier; None without a
+            stream.
+
+        Raises:
+            MediaError: there is a stream but nothing of it decodes.
+        """
+        if self._audio is None:
+            return None
+        pieces = self._audio_pieces(sample_rate, start, seconds, seek=start > _SEEK_FROM)
+        if pieces is None:
+            pieces = self._audio_pieces(sample_rate, start, seconds, seek=False) or []
+        first = round(start * sample_rate)
+        end = max((at + len(piece) for at, piece in pieces), default=0) - first
+        if seconds is not None:
+            end = min(end, round(seconds * sample_rate))
+        out = np.zeros(max(end, 0), dtype=np.float32)
+        for at, piece in pieces:
+            lo, hi = max(at - first, 0), min(at - first + len(piece), len(out))
+            if lo < hi:
+                out[lo:hi] = piece[lo - at + first : hi - at + first]
+        return torch.from_numpy(out)
+
+    def frames(self, times: Sequence[float]) -> Tensor | None:
+        """The picture shown at each of ``times``: the last frame at or before it, or the first frame if none is.
+
+        Returns:
+            (len(times), height, width, 3) uint8 RGB, rotated as the file asks; None without a video stream. Pixels are
+            taken as square.
+
+        Raises:
+            MediaError: there is a stream but nothing of it decodes.
+        """
+        if self._video is None:
+            return None
+        order = sorted(range(len(times)), key=lambda i: times[i])
+        targets = [times[i] for i in order]
+        shown = self._shown(targets, seek=bool(targets) and targets[0] > _SEEK_FROM)
+        if shown is None:
+            shown = self._shown(targets, seek=False) or []
+        pictures: dict[int, Tensor] = {}
+        size: dict[str, int] = {}
+        for frame in shown:
+            if id(frame) not in pictures:
+                size = size or {"width": frame.width, "height": frame.height}
+                pictures[id(frame)] = _upright(frame.to_ndarray(format="rgb24", **size), frame.rotation)
+        out: list[Tensor | None] = [None] * len(times)
+        for i, frame in zip(order, shown, strict=True):
+            out[i] = pictures[id(frame)]
+        return (
+            torch.stack([picture for picture in out if picture is not None]) if out else torch.empty(0, 0, 0, 3).byte()
+        )
+
+    # -- opening ----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        import av
+
+        self.close()
+        try:
+            # An absolute path: FFmpeg would take "take:2.mp4" for a protocol named "take".
+            self._container = av.open(os.path.abspath(self.path), metadata_errors="ignore")
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise MediaError(self.path, _reason(error)) from None
+        self._fresh = True
+        pictures = [s for s in self._container.streams.video if not s.disposition & _attached_picture()]
+        self._video: VideoStream | None = pictures[0] if pictures else None
+        self._audio: AudioStream | None = next(iter(self._container.streams.audio), None)
+        for stream in (self._video, self._audio):
+            if stream is not None and stream.codec_context is not None:
+                stream.codec_context.thread_count = 1  # loader workers are the parallelism
+        self._origin = max(self._container.start_time or 0, 0) / 1e6
+
+    def _rewind(self) -> None:
+        """Back to the beginning. Reopens, since seeking to 0 loses the first packets of some containers."""
+        if not self._fresh:
+            self._open()
+        self._fresh = False
+
+    def _probe(self) -> MediaInfo:
+        video, audio = self._video, self._audio
+        if video is None and audio is None:
+            raise MediaError(self.path, "holds neither sound nor pictures")
+        for kind, stream in (("video", video), ("audio", audio)):
+            if stream is not None and stream.codec_context is None:
+                raise MediaError(self.path, f"its {kind} codec is unknown")
+        duration = (self._container.duration or 0) / 1e6
+        return MediaInfo(
+            duration=duration if duration > 0 else self._scan_duration(),
+            has_audio=audio is not None,
+            has_video=video is not None,
+            sample_rate=audio.codec_context.sample_rate if audio else 0,
+            channels=audio.codec_context.channels if audio else 0,
+            width=video.codec_context.width if video else 0,
+            height=video.codec_context.height if video else 0,
+            frame_rate=float(video.average_rate or 0) if video else 0.0,
+        )
+
+    def _scan_duration(self) -> float:
+        """End of the last packet, for files that were streamed and never got a duration."""
+        import av
+
+        self._fresh, end = False, 0.0
+        try:
+            for packet in self._container.demux([s for s in (self._video, self._audio) if s is not None]):
+                if packet.pts is not None and packet.time_base is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - self._origin)
+        except av.FFmpegError:
+            pass  # a cut-off file: as far as it goes
+        return end
+
+    # -- decoding ---------------------------------------------------------------------------------------------------
+
+    def _stream(self, kind: str) -> Any:
+        return self._video if kind == "video" else self._audio
+
+    def _seek(self, kind: str, time: float) -> None:
+        """To a point from which what is at ``time`` decodes."""
+        import av
+
+        self._rewind()
+        stream = self._stream(kind)
+        try:
+            self._container.seek(int((time + self._origin) / stream.time_base), stream=stream, backward=True)
+        except (av.FFmpegError, OSError):
+            self._open()  # it cannot seek: from the beginning
+            self._fresh = False
+
+    def _decode(self, kind: str, problems: list[str]) -> Iterator[tuple[float, Any]]:
+        """(time, frame) of the stream; what does not decode is skipped and noted in ``problems``."""
+        import av
+
+        stream = self._stream(kind)
+        packets = self._container.demux(stream)
+        expected = 0.0
+        while True:
+            packet = None
+            try:
+                packet = next(packets, None)
+                frames = [] if packet is None else packet.decode()
+            except (av.FFmpegError, OSError, ValueError) as error:
+                problems.append(_reason(error))
+                if packet is not None:
+                    continue
+                try:
+                    frames = stream.codec_context.decode(None)  # reading stopped: what the decoder still holds
+                except (av.FFmpegError, OSError, ValueError):
+                    frames = []
+            for frame in frames:
+                time = expected if frame.time is None else frame.time - self._origin
+                expected = time + _length(frame, stream)
+                yield time, frame
+            if packet is None:
+                return
+
+    def _audio_pieces(
+        self, sample_rate: int, start: float, seconds: float | None, *, seek: bool
+    ) -> list[tuple[int, np.ndarray]] | None:
+        """(position in output samples, mono samples) of each unbroken stretch; None if seeking overshot."""
+        if seek:
+            self._seek("audio", start - _PREROLL)
+        else:
+            self._rewind()
+        stop = float("inf") if seconds is None else start + seconds + _GAP
+        problems: list[str] = []
+        stretches: list[tuple[float, int, list[np.ndarray]]] = []  # time, rate, chunks
+        count = decoded = 0
+        for time, frame in self._decode("audio", problems):
+            if seek and not decoded and time > start:
+                return None
+            decoded += 1
+            if time >= stop:
+                break
+            if time + frame.samples / frame.sample_rate < start - _GAP:
+                continue
+            rate = frame.sample_rate
+            if not stretches or stretches[-1][1] != rate or abs(time - stretches[-1][0] - count / rate) > _GAP:
+                stretches.append((time, rate, []))
+                count = 0
+            stretches[-1][2].append(_mono(frame))
+            count += frame.samples
+        if not decoded:
+            if seek:
+                return None
+            if problems or _promises_data(self._audio):
+                raise MediaError(self.path, f"its sound does not decode ({problems[0] if problems else 'no data'})")
+        return [
+            (round(time * sample_rate), _resample(np.concatenate(chunks), rate, sample_rate))
+            for time, rate, chunks in stretches
+        ]
+
+    def _shown(self, targets: Sequence[float], *, seek: bool) -> list[Any] | None:
+        """The frame for each of the ascending targets; None if seeking overshot the first."""
+        if seek:
+            self._seek("video", targets[0])
+        else:
+            self._rewind()
+        problems: list[str] = []
+        shown: list[Any] = []
+        previous: Any = None
+        for time, frame in self._decode("video", problems):
+            if previous is None and seek and time > targets[0] + _ROUNDING:
+                return None
+            while len(shown) < len(targets) and targets[len(shown)] + _ROUNDING < time:
+                shown.append(frame if previous is None else previous)
+            previous = frame
+            if len(shown) == len(targets):
+                break
+        if previous is None:
+            if seek:
+                return None
+            raise MediaError(self.path, f"its pictures do not decode ({problems[0] if problems else 'no data'})")
+        return shown + [previous] * (len(targets) - len(shown))
+
+
+def read_audio(
+    path: str | os.PathLike[str], *, sample_rate: int = 16000, start: float = 0.0, seconds: float | None = None
+) -> Tensor | None:
+    """:meth:`MediaFile.audio` of the file at ``path``."""
+    with MediaFile(path) as media:
+        return media.audio(sample_rate=sample_rate, start=start, seconds=seconds)
+
+
+def read_frames(path: str | os.PathLike[str], times: Sequence[float]) -> Tensor | None:
+    """:meth:`MediaFile.frames` of the file at ``path``."""
+    with MediaFile(path) as media:
+        return media.frames(times)
+
+
+def read_image(path: str | os.PathLike[str]) -> Tensor:
+    """(height, width, 3) uint8 RGB of a still picture. MediaError if it cannot be read."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(os.fspath(path), _reason(error)) from None
+
+
+def probe(path: str | os.PathLike[str]) -> MediaInfo:
+    """What the file at ``path`` holds. MediaError if it is no readable media file."""
+    with MediaFile(path) as media:
+        return media.info
+
+
+def _attached_picture() -> Any:
+    from av.stream import Disposition
+
+    return Disposition.attached_pic
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def _length(frame: Any, stream: Any) -> float:
+    if hasattr(frame, "samples"):
+        return frame.samples / frame.sample_rate
+    return float(1 / (stream.average_rate or Fraction(25)))
+
+
+def _promises_data(stream: Any) -> bool:
+    return bool(stream.frames or (stream.duration or 0) > 0)
+
+
+def _upright(picture: np.ndarray, rotation: int) -> Tensor:
+    """``rotation``: degrees counter-clockwise, as FFmpeg reads the display matrix."""
+    return torch.from_numpy(np.ascontiguousarray(np.rot90(picture, round(rotation / 90))))
+
+
+def _mono(frame: Any) -> np.ndarray:
+    """(samples,) float32, the mean of the channels."""
+    data = frame.to_ndarray()
+    if not frame.format.is_planar:
+        data = data.reshape(frame.samples, -1).T
+    if data.dtype.kind != "f":
+        bits = 8 * data.dtype.itemsize
+        offset = 128 if data.dtype.kind == "u" else 0
+        return ((data.mean(axis=0) - offset) / 2.0 ** (bits - 1)).astype(np.float32)
+    return data.mean(axis=0).astype(np.float32, copy=False)
+
+
+def _resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
+    import av
+
+    if rate == to:
+        return samples
+    frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=to)
+    return np.concatenate([out.to_ndarray()[0] for out in [*resampler.resample(frame), *resampler.resample(None)]])
