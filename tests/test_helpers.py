@@ -8,7 +8,6 @@ import types
 
 import pytest
 import torch
-
 from helpers import assert_close, relative_error
 
 
