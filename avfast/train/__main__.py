@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from avfast.train import parallel
-from avfast.train.config import Config, SettingError, fail, from_json, help_text, parse, unknown
+from avfast.train.config import Config, SettingError, fail, from_json, help_text, parse, unknown, user_error
 from avfast.train.recipes import RECIPES
 
 USAGE = "torchrun [--nproc_per_node=N] -m avfast.train [RECIPE] [--field value ...]"
@@ -51,17 +51,18 @@ def main(arguments: Sequence[str]) -> int:
     from avfast.train.loop import run
     from avfast.train.monitor import RunError
 
-    code, message = 0, ""
     try:
         run(config)
-    except (SettingError, OSError) as error:
-        code, message = 2, str(error)
-    except RunError as error:
-        code, message = 1, str(error)
-    if message and parallel.rank() == 0:
-        fail(message)
-    parallel.stop()
-    return code
+    except Exception as error:
+        stopped = isinstance(error, RunError)
+        if not stopped and not user_error(error):
+            raise
+        if parallel.rank() == 0:
+            fail(str(error))
+        return 1 if stopped else 2
+    finally:
+        parallel.stop()
+    return 0
 
 
 if __name__ == "__main__":

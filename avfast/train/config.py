@@ -45,6 +45,7 @@ class Config:
     eval_fraction: float = setting(0.1, "share of --data held out, chosen by a hash of the clip's id")
     demo_set: str = setting("tiny", "which built-in demo clips are made")
     demo_clips: int | None = setting(None, "number of demo clips (default: the set's own)")
+    crop_scale: tuple[float, float] = setting((0.2, 1.0), "area share of the random crop of training frames")
     shuffle_pairs: bool = setting(False, "control: train on the sound of one clip with the picture of another, fixed")
     cache_media: bool = setting(False, "keep decoded clips in memory, so that each file is decoded once")
     workers: int = setting(8, "processes per rank that decode clips; 0: in the training process")
@@ -278,6 +279,15 @@ def help_text(usage: str, base: Config) -> str:
         lines.append(f"  --{name} [{shown or '-'}]".ljust(34) + f" {f.metadata['doc']}")
     lines.append("  --config FILE".ljust(34) + " start from a config.json in place of a recipe")
     return "\n".join(lines)
+
+
+def user_error(error: Exception) -> bool:
+    """Whether one line is enough: the system or this package says that something given is wrong or missing."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    ours = trace is None or trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "avfast"
+    return isinstance(error, OSError) or (ours and isinstance(error, ValueError | ImportError))
 
 
 def fail(message: str, code: int = 2) -> int:

@@ -46,7 +46,7 @@ def read(paths: Sequence[str], class_csv: str | None = None, weights_csv: Sequen
         raise SettingError(f"--class_csv {class_csv} goes with a manifest; the classes of a folder are its sub-folders")
     if weights_csv and len(weights_csv) != len(manifests):
         raise SettingError(f"--weights_csv: expected {len(manifests)}, one CSV per manifest, got {len(weights_csv)}")
-    weights = dict(zip(manifests, weights_csv or [None] * len(manifests), strict=True))
+    weights: dict[str, str | None] = dict.fromkeys(manifests) | dict(zip(manifests, weights_csv, strict=False))
     return merge([read_manifest(p, class_csv, weights[p]) if p in weights else read_folder(p) for p in paths])
 
 

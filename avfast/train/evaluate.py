@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avfast.data.clips import ClipDataset, eval_loader
+from avfast.data.clips import ClipDataset, Failure, eval_loader
 from avfast.data.manifest import ClipList
 from avfast.tasks.features import pooled
 from avfast.tasks.probe import linear_probe
 from avfast.tasks.retrieval import retrieval
 from avfast.train import checkpoint, data, parallel
-from avfast.train.config import Config, SettingError, fail, from_json, help_text, parse
+from avfast.train.config import Config, SettingError, fail, from_json, help_text, parse, user_error
 from avfast.train.recipes import RECIPES
 
 USAGE = "python -m avfast.train.evaluate RUN [--field value ...]"
@@ -32,7 +32,7 @@ def features(model: nn.Module, config: Config, clips: ClipList, device: torch.de
     """Pooled features of every clip without augmentation, see :func:`avfast.tasks.features.pooled`."""
     dataset = ClipDataset(clips, frontend=model.frontend, train=False, seed=config.seed)
     loader = eval_loader(
-        dataset, config.batch_size, rank=parallel.rank(), world_size=parallel.world_size(), num_workers=config.workers
+        dataset, config.batch_size, config.workers, rank=parallel.rank(), world_size=parallel.world_size()
     )
     dtype = parallel.precision(config, device)
     return pooled(model, loader, device, lambda: parallel.autocast(dtype, device))
@@ -40,7 +40,7 @@ def features(model: nn.Module, config: Config, clips: ClipList, device: torch.de
 
 def evaluate(
     model: nn.Module, config: Config, train: ClipList, held_out: ClipList, device: torch.device
-) -> tuple[dict[str, Any], list[Any]]:
+) -> tuple[dict[str, Any], list[Failure]]:
     """Scores of a model and the files that could not be read.
 
     Returns:
@@ -146,12 +146,14 @@ def main(arguments: Sequence[str]) -> int:
         train, held_out = data.sources(config)
         model = checkpoint.load_model(path).to(device)
         scores, failures = evaluate(model, config, train, held_out, device)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not user_error(error):
+            raise
         return fail(str(error)) if parallel.rank() == 0 else 2
     finally:
         parallel.stop()
     if parallel.rank() == 0:
-        scores["bad_files"] = [{"path": f.path, "reason": f.reason} for f in failures]
+        scores["bad_files"] = {failure.path: failure.reason for failure in failures}
         report = Path(path.parent.parent / f"evaluation-{path.name}.json")
         report.write_text(json.dumps(scores, indent=2) + "\n")
         print(f"{table(scores)}\nwritten to {report}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ class Log:
         if self.bar is not None:
             self.bar.clear()
         print(text, flush=True)
+
+    def progress(self, total: int) -> Callable[[Iterable[int]], Iterable[int]]:
+        """What wraps a loop of ``total`` items in a bar on a terminal, and does nothing elsewhere."""
+        if not (self.active and sys.stderr.isatty()):
+            return lambda items: items
+        from tqdm import tqdm
+
+        return lambda items: tqdm(items, total=total, unit="clip", leave=False, dynamic_ncols=True)
 
     def advance(self) -> None:
         """One optimiser step is done."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from avfast.data.clips import ClipDataset, StepBatches, make_loader
+from avfast.data.clips import BadFiles, Batch, ClipDataset, StepBatches, make_loader
 from avfast.data.manifest import ClipList
 from avfast.distributed import world_size
 from avfast.train import checkpoint, data, parallel
 from avfast.train.config import Config, SettingError
 from avfast.train.log import Log
-from avfast.train.monitor import BadFiles, Window
+from avfast.train.monitor import Window
 from avfast.train.setup import build_model, check_same, resume_point, run_folder, seed_everything
 from avfast.train.summary import finish
 from avfast.train.trainer import Trainer, learning_rate
@@ -36,37 +37,57 @@ def run(config: Config) -> dict[str, Any]:
     if not train.clips:
         raise SettingError(f"no clips to train on: all {len(held_out)} were held out")
     clips = data.shuffled(train, config.seed) if config.shuffle_pairs else train
-    model = build_model(config, fresh=resumed is None).to(device)
-    trainer = Trainer(model, config, device)
-    dataset = ClipDataset(clips, frontend=model.frontend, train=True, seed=config.seed, cache=config.cache_media)
-    batches = StepBatches(
-        len(clips), config.batch_size, rank=parallel.rank(), world_size=world_size(), seed=config.seed
+    trainer = Trainer(build_model(config, fresh=resumed is None).to(device), config, device)
+    bad = BadFiles(len(train) + len(held_out), config.max_bad_files)
+    plan = partial(
+        StepBatches,
+        len(clips),
+        config.batch_size * world_size(),
+        seed=config.seed,
+        rank=parallel.rank(),
+        world_size=world_size(),
+        weights=[clip.weight for clip in clips.clips] if config.weights_csv else None,
     )
-    per_epoch = batches.steps_per_epoch / config.accumulate
-    total = round(config.epochs * per_epoch) if config.steps is None else config.steps
-    start, bad = 0, BadFiles(len(train) + len(held_out), config.max_bad_files)
+    per_epoch = plan(steps=0).steps_per_epoch / config.accumulate
+    total = max(1, round(config.epochs * per_epoch)) if config.steps is None else config.steps
+    start = 0
     if resumed is not None:
-        state, saved = checkpoint.load(resumed)
-        check_same(config, saved, resumed)
-        trainer.load(state, saved)
-        start = saved["step"]
-        bad.known = dict(saved["bad_files"])
+        model_state, state = checkpoint.load(resumed)
+        check_same(config, state, resumed)
+        trainer.load(model_state, state)
+        start = state["step"]
+        bad.reasons.update(state["bad_files"])
+    total = max(total, start)
     if parallel.rank() == 0:
         (out / "config.json").write_text(config.to_json())
     log = Log(out, total, start, config.tensorboard)
     try:
-        introduce(config, log, trainer, train, held_out, total, start, out)
-        loader = make_loader(dataset, batches.starting_at(start * config.accumulate), num_workers=config.workers)
+        introduce(trainer, train, held_out, log, total, start, out)
+        dataset = ClipDataset(
+            clips,
+            frontend=trainer.model.frontend,
+            train=True,
+            seed=config.seed,
+            cache=config.cache_media,
+            crop_scale=config.crop_scale,
+        )
+        steps = plan(steps=total * config.accumulate, start_step=start * config.accumulate)
+        loader = make_loader(dataset, steps, config.workers, pin_memory=device.type == "cuda")
+        if config.cache_media and len(steps):
+            log.say("decoding all clips into memory")
+            dataset.warm(log.progress(len(dataset)))
         speed = fit(trainer, clips, iter(loader), log, bad, out, start, total, per_epoch)
-        return finish(trainer, train, held_out, log, bad, out, total, speed)
+        short = len(set().union(*parallel.gather(loader.short)))
+        return finish(trainer, train, held_out, log, bad, out, total, speed, short)
     finally:
         log.close()
 
 
 def introduce(
-    config: Config, log: Log, trainer: Trainer, train: ClipList, held_out: ClipList, total: int, start: int, out: Path
+    trainer: Trainer, train: ClipList, held_out: ClipList, log: Log, total: int, start: int, out: Path
 ) -> None:
     """The first lines of a run."""
+    config = trainer.config
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     precision = "fp32" if trainer.dtype is None else str(trainer.dtype).removeprefix("torch.")
     log.say(
@@ -88,7 +109,7 @@ def introduce(
 def fit(
     trainer: Trainer,
     clips: ClipList,
-    loader: Iterator[Any],
+    loader: Iterator[Batch],
     log: Log,
     bad: BadFiles,
     out: Path,
@@ -126,7 +147,7 @@ def save(trainer: Trainer, out: Path, step: int, bad: BadFiles) -> None:
         "step": step,
         "config": json.loads(config.to_json()),
         "global_batch": config.batch_size * world_size(),
-        "bad_files": bad.known,
+        "bad_files": bad.reasons,
     }
     parallel.first_only(
         lambda: checkpoint.save(out / "checkpoints", step, model, state, config.keep_checkpoints) and None

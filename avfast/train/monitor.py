@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from avfast.data.clips import BadFiles, Batch, Failure, TooManyBadFiles
 from avfast.data.manifest import ClipList
 from avfast.train import parallel
 from avfast.train.log import Log
@@ -17,38 +18,18 @@ class RunError(RuntimeError):
     """The run cannot go on: too many bad files, or a loss that is not finite."""
 
 
-class BadFiles:
-    """Counts the files that could not be read, names each once, and ends the run when they are too many."""
-
-    def __init__(self, total: int, limit: float) -> None:
-        self.total, self.limit = total, limit
-        self.known: dict[str, str] = {}
-
-    def add(self, failures: list[tuple[str, str]], log: Log) -> None:
-        """Failures of all processes, the same list on each."""
-        for path, reason in failures:
-            if path not in self.known:
-                self.known[path] = reason
-                log.say(f"bad file {path}: {reason}")
-        if len(self.known) > self.limit * self.total:
-            raise RunError(
-                f"{len(self.known)} of {self.total} files could not be read, more than --max_bad_files {self.limit}: "
-                + "; ".join(f"{path} ({reason})" for path, reason in list(self.known.items())[:5])
-            )
-
-
 class Window:
     """What happened since the last log line, kept on the device so that no step waits for it."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, torch.Tensor], list[int]]] = []
-        self.failures: list[tuple[str, str]] = []
+        self.failures: list[Failure] = []
         self.began = time.perf_counter()
 
-    def add(self, step: int, losses: dict[str, torch.Tensor], batches: list[Any]) -> None:
+    def add(self, step: int, losses: dict[str, torch.Tensor], batches: list[Batch]) -> None:
         """One step of this process."""
         self.rows.append((step, losses, [int(i) for batch in batches for i in batch.index]))
-        self.failures += [(f.path, f.reason) for batch in batches for f in batch.failures]
+        self.failures += [failure for batch in batches for failure in batch.failures]
 
     def close(self, clips: ClipList, bad: BadFiles, log: Log) -> dict[str, Any]:
         """Means over the steps and processes. Raises RunError for a loss that is not finite."""
@@ -63,7 +44,7 @@ class Window:
             (values.double().mean(0).tolist(), sum(len(i) for *_, i in self.rows), self.failures, broken[:1])
         )
         seconds = time.perf_counter() - self.began
-        bad.add([failure for share in shares for failure in share[2]], log)
+        account(bad, [failure for share in shares for failure in share[2]], log)
         if found := [(*broken[0], rank) for rank, (*_, broken) in enumerate(shares) if broken]:
             step, value, ids, rank = min(found)
             raise RunError(f"step {step}: the loss is {value}, not finite, on rank {rank} with clips {', '.join(ids)}")
@@ -77,3 +58,13 @@ class Window:
             "clips": count,
             "seconds": seconds,
         }
+
+
+def account(bad: BadFiles, failures: list[Failure], log: Log) -> None:
+    """Names each bad file once and ends the run when there are too many; ``failures`` are those of all processes."""
+    for failure in bad.add(failures):
+        log.say(f"bad file {failure.path}: {failure.reason}")
+    try:
+        bad.check()
+    except TooManyBadFiles as error:
+        raise RunError(f"--max_bad_files: {error}") from None

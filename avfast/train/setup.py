@@ -81,6 +81,7 @@ def build_model(config: Config, fresh: bool = True) -> nn.Module:
 
     try:
         model = create_model(config.model, **config.model_args)
+        model.frontend  # noqa: B018 (its arguments are checked on first use)
     except (TypeError, ValueError, KeyError) as error:
         raise SettingError(f"--model {config.model}: {error}") from None
     if config.timm and fresh:

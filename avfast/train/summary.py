@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from avfast.data.clips import ClipDataset, eval_loader
+from avfast.data.clips import BadFiles, ClipDataset, eval_loader
 from avfast.data.manifest import ClipList
 from avfast.distributed import world_size
 from avfast.train import data, parallel
 from avfast.train.evaluate import evaluate, table
 from avfast.train.log import Log
-from avfast.train.monitor import BadFiles
+from avfast.train.monitor import account
 from avfast.train.pictures import draw_losses, draw_reconstructions, reconstructions
 from avfast.train.setup import build_model
 from avfast.train.trainer import Trainer
@@ -30,6 +30,7 @@ def finish(
     out: Path,
     total: int,
     speed: float | None,
+    short: int,
 ) -> dict[str, Any]:
     """Evaluation, pictures and summary.json."""
     config, model = trainer.config, trainer.model
@@ -41,13 +42,14 @@ def finish(
     summary: dict[str, Any] = {"retrieval": None, "probe": None, "notes": []}
     if config.evaluate:
         summary, failures = evaluate(model, config, train, held_out, trainer.device)
-        bad.add([(f.path, f.reason) for f in failures], log)
+        account(bad, failures, log)
         log.say(table(summary))
     summary |= {
         "clips_per_second": speed,
         "steps": total,
         "clips": {"train": len(train), "held_out": len(held_out)},
-        "bad_files": {"count": len(bad.known), "files": [{"path": p, "reason": r} for p, r in bad.known.items()]},
+        "short_clips": short,
+        "bad_files": bad.summary(),
         "model": config.model,
         "recipe": config.recipe,
         "processes": world_size(),
