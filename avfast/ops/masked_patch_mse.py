@@ -42,4 +42,4 @@ def masked_patch_mse(prediction: Tensor, patches: Tensor, mask: Tensor, *, norm_
     target = normalise_patches(patches)[0] if norm_pix else patches
     error = (prediction.to(target.dtype) - target).square().mean(-1)
     count = all_sum(mask.sum()).clamp(min=1)
-    return (error * mask).sum() * (world_size() / count)
+    return (error * mask).sum() * world_size() / count

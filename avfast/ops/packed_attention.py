@@ -85,11 +85,11 @@ def packed_attention(
             f"{sum(plan.lengths_k)} tokens do not fit q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
     groups = plan.runs()
-    sizes_q = [count * length for count, length, _ in groups] + [rest_q]
-    sizes_k = [count * length for count, _, length in groups] + [rest_k]
+    sizes_q = [count * length for count, length, _ in groups]
+    sizes_k = [count * length for count, _, length in groups]
     parts = []
     for (count, length_q, length_k), qs, ks, vs in zip(
-        groups, q.split(sizes_q), k.split(sizes_k), v.split(sizes_k), strict=False
+        groups, q.split([*sizes_q, rest_q]), k.split([*sizes_k, rest_k]), v.split([*sizes_k, rest_k]), strict=False
     ):
         if length_q == 0 or length_k == 0:
             parts.append(torch.zeros_like(qs))
@@ -97,6 +97,6 @@ def packed_attention(
         heads = [x.unflatten(0, (count, n)).transpose(1, 2) for x, n in ((qs, length_q), (ks, length_k), (vs, length_k))]
         out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale)
         parts.append(out.transpose(1, 2).flatten(0, 1))
-    if rest_q or not parts:
-        parts.append(torch.zeros_like(q[q.shape[0] - rest_q :]))
-    return torch.cat([part.to(parts[0].dtype) for part in parts])
+    # The empty slices keep q, k and v in the graph of a process whose batch holds no sequence.
+    parts.append(q.new_zeros(rest_q, *q.shape[1:]) + q[:0].sum() + k[:0].sum() + v[:0].sum())
+    return torch.cat(parts)

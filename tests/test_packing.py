@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avfast import PackedTokens
+
+LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=6)
+
+
+def packed(lengths, dim=3) -> PackedTokens:
+    return PackedTokens(torch.randn(sum(lengths), dim, generator=torch.Generator().manual_seed(0)), tuple(lengths))
+
+
+@settings(deadline=None)
+@given(LENGTHS)
+def test_lists_padding_and_nested_tensors_round_trip(lengths):
+    tokens = packed(lengths)
+    assert tokens.cu_seqlens.dtype == torch.int32 and tokens.cu_seqlens.diff().tolist() == lengths
+    for back in (
+        PackedTokens.from_list(tokens.to_list()),
+        PackedTokens.from_padded(*tokens.to_padded(value=float("nan"))),
+        PackedTokens.from_nested(tokens.to_nested()),
+    ):
+        assert back.lengths == tokens.lengths and torch.equal(back.values, tokens.values)
+
+
+@settings(deadline=None)
+@given(LENGTHS, LENGTHS)
+def test_cat_and_split(a, b):
+    parts = [packed(a), packed(b)]
+    whole = PackedTokens.cat(parts)
+    assert whole.max_length == max(a + b)
+    for part, back in zip(parts, whole.split([len(a), len(b)]), strict=True):
+        assert back.lengths == part.lengths and torch.equal(back.values, part.values)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=5))
+def test_join_and_unjoin(pairs):
+    a, b = packed([n for n, _ in pairs]), packed([m for _, m in pairs])
+    joined = a.join(b)
+    for sequence, left, right in zip(joined.to_list(), a.to_list(), b.to_list(), strict=True):
+        assert torch.equal(sequence, torch.cat([left, right]))
+    for part, back in zip((a, b), joined.unjoin(a.lengths), strict=True):
+        assert back.lengths == part.lengths and torch.equal(back.values, part.values)
+
+
+@settings(deadline=None)
+@given(LENGTHS)
+def test_mean_of_each_sequence_and_of_an_empty_one(lengths):
+    tokens = packed(lengths)
+    want = torch.stack([s.mean(0) if len(s) else torch.zeros(3) for s in tokens.to_list()])
+    torch.testing.assert_close(tokens.mean(), want)
+
+
+def test_select_reorders():
+    tokens = packed([1, 2, 3])
+    assert tokens.select([0, 1, 2]) is tokens
+    picked = tokens.select([2, 0])
+    assert picked.lengths == (3, 1) and torch.equal(picked.values, tokens.values[[3, 4, 5, 0]])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: PackedTokens(torch.zeros(4, 2), (1, 2)), "add up to 3 tokens"),
+        (lambda: PackedTokens(torch.zeros(1, 2), (2, -1)), "negative"),
+        (lambda: PackedTokens.from_list([]), "at least one"),
+        (lambda: PackedTokens.from_padded(torch.zeros(2, 3, 4), torch.ones(2, 3)), "mask must be bool"),
+        (lambda: PackedTokens.from_nested(torch.zeros(2)), "jagged"),
+        (lambda: packed([1, 2]).join(packed([1])), "equally many"),
+        (lambda: packed([1, 2]).unjoin([2, 2]), "leading tokens"),
+        (lambda: packed([1, 2]).split([1]), "add up to 1"),
+    ],
+)
+def test_errors_name_what_was_wrong(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
