@@ -281,7 +281,7 @@ def make_loader(
         context.set_forkserver_preload(["torch"])
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=workers,
         multiprocessing_context=context,
         pin_memory=pin_memory,

@@ -30,6 +30,7 @@ MEDIA_EXTENSIONS = VIDEO_EXTENSIONS | AUDIO_EXTENSIONS
 _SEEK_FROM = 1.0  # seconds: nearer to the start, decoding from the beginning is cheaper than it is risky to seek
 _PREROLL = 0.25  # seconds decoded ahead of a window, for codecs whose frames lean on earlier ones
 _GAP = 0.05  # seconds by which timestamps may stray from the sample count before silence is put in
+_NOTHING = np.zeros(0, dtype=np.float32)
 _ROUNDING = 1e-3  # seconds: Matroska stores times in milliseconds
 
 
@@ -283,6 +284,7 @@ class MediaFile:
                 return None
             decoded += 1
             if time >= stop:
+                stretches.append((time, frame.sample_rate, []))  # what lies between is silence
                 break
             if time + frame.samples / frame.sample_rate < start - _GAP:
                 continue
@@ -298,7 +300,7 @@ class MediaFile:
             if problems or _promises_data(self._audio):
                 raise MediaError(self.path, f"its sound does not decode ({problems[0] if problems else 'no data'})")
         return [
-            (round(time * sample_rate), _resample(np.concatenate(chunks), rate, sample_rate))
+            (round(time * sample_rate), _resample(np.concatenate([_NOTHING, *chunks]), rate, sample_rate))
             for time, rate, chunks in stretches
         ]
 
@@ -397,7 +399,7 @@ def _mono(frame: Any) -> np.ndarray:
 def _resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
     import av
 
-    if rate == to:
+    if rate == to or len(samples) == 0:
         return samples
     frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
     frame.sample_rate = rate
