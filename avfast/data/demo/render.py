@@ -47,48 +47,49 @@ def _crescent(u: Array, v: Array) -> Array:
     return np.maximum(np.hypot(u, v) - 0.95, 0.68 - np.hypot(u - 0.5, v))
 
 
-# Textures give 0 (dark) to 1 (bright) at a point of the unit circle.
-def _radial(u: Array, v: Array) -> Array:
-    return 1 - 0.8 * np.minimum(np.hypot(u, v), 1) ** 2
+# Textures give 0 (dark) to 1 (bright) at a point in 64ths of the frame's shorter side from the object's centre, so that
+# their grain does not depend on the object's size.
+def _plain(x: Array, y: Array) -> Array:
+    return np.ones_like(x + y)
 
 
-def _plain(u: Array, v: Array) -> Array:
-    return np.ones_like(u)
+def _checks(x: Array, y: Array) -> Array:
+    return (np.sin(0.8 * x) * np.sin(0.8 * y) > 0).astype(x.dtype)
 
 
-def _checks(u: Array, v: Array) -> Array:
-    return (np.sin(5.0 * u) * np.sin(5.0 * v) > 0).astype(u.dtype)
+def _rows(x: Array, y: Array) -> Array:
+    return 0.5 + 0.5 * np.cos(1.2 * y)
 
 
-def _rows(u: Array, v: Array) -> Array:
-    return 0.5 + 0.5 * np.sin(9 * v)
+def _diagonals(x: Array, y: Array) -> Array:
+    return 0.5 + 0.5 * np.cos(0.9 * (x + y))
 
 
-def _diagonals(u: Array, v: Array) -> Array:
-    return 0.5 + 0.5 * np.sin(6 * (u + v))
+def _counter_diagonals(x: Array, y: Array) -> Array:
+    return 0.5 + 0.5 * np.cos(0.9 * (x - y))
 
 
-def _dark_heart(u: Array, v: Array) -> Array:
-    return (np.hypot(u, v) > 0.4).astype(u.dtype)
+def _heart(x: Array, y: Array) -> Array:
+    return (np.hypot(x, y) > 4).astype(x.dtype)
 
 
-def _columns(u: Array, v: Array) -> Array:
-    return 0.5 + 0.5 * np.sin(9 * u)
+def _columns(x: Array, y: Array) -> Array:
+    return 0.5 + 0.5 * np.cos(1.2 * x)
 
 
-def _fade(u: Array, v: Array) -> Array:
-    return np.clip(0.5 + 0.6 * v, 0, 1)
+def _dots(x: Array, y: Array) -> Array:
+    return np.clip(0.4 - np.cos(1.1 * x) * np.cos(1.1 * y), 0, 1)
 
 
 LOOKS = (  # one shape and texture per instrument, in the order of INSTRUMENTS
-    (_disc, _radial),
-    (_ring, _plain),
+    (_disc, _plain),
+    (_ring, _counter_diagonals),
     (_square, _checks),
     (_triangle, _rows),
     (_cross, _diagonals),
-    (_flower, _dark_heart),
+    (_flower, _heart),
     (_hourglass, _columns),
-    (_crescent, _fade),
+    (_crescent, _dots),
 )
 
 
@@ -168,7 +169,8 @@ class Renderer:
         u, v = _local(scene, source, time, x, y)
         shape, texture = LOOKS[source.instrument]
         cover = np.clip(0.5 - shape(u, v) * radius, 0, 1)[..., None]
-        shade = source.brightness * (0.55 + 0.45 * texture(u, v))[..., None] * colour(source)
+        grain = texture(u * (64 * source.radius), v * (64 * source.radius))
+        shade = source.brightness * (0.45 + 0.55 * grain)[..., None] * colour(source)
         shade = shade + flash(source, time) * (1 - shade)
         patch = image[y0:y1, x0:x1]
         patch += cover * (shade - patch)
@@ -181,7 +183,7 @@ def flash(source: Source, time: float) -> float:
 
 
 def _texture(scene: Scene) -> Array:
-    """Periodic noise, coarse for brown ambient noise and fine for violet, tinted purple to green: (H, W, 3) in 0-1."""
+    """Periodic noise, coarse and about purple for brown ambient noise, fine and about green for violet: (H, W, 3)."""
     rng = np.random.default_rng([scene.seed, 0])
     down = np.fft.fftfreq(scene.height)[:, None]
     across = np.fft.rfftfreq(scene.width)[None, :]
@@ -193,6 +195,6 @@ def _texture(scene: Scene) -> Array:
     grain = grain[: scene.height, : scene.width]
     grain = np.clip(grain / grain.std(), -2.5, 2.5)
     purple, green = np.array([0.34, 0.20, 0.38]), np.array([0.20, 0.36, 0.22])
-    tint = purple + scene.background * (green - purple)
+    tint = purple + np.clip(scene.background + rng.normal(0, 0.15), 0, 1) * (green - purple)
     level = 1 + rng.uniform(-0.15, 0.15)
     return np.clip(tint * level * (1 + 0.22 * grain[..., None]), 0, 1).astype(np.float32)

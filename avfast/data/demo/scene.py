@@ -8,8 +8,8 @@ clips at best. Four attributes hold for the whole clip and show in any single fr
 =============  =========================  ======================================
 attribute      seen                       heard
 =============  =========================  ======================================
-``pitch``      mean height of the object  fundamental, 165 to 1320 Hz
-``loudness``   size of the object         -38 to -20 dBFS while a note sounds
+``pitch``      mean height of the object  fundamental, 131 to 1048 Hz
+``loudness``   size of the object         -34 to -16 dBFS while a note sounds
 ``vibrato``    hue within its colour      vibrato rate, 2.5 to 9 Hz
 ``background`` tint and grain             spectral slope of the ambient noise
 =============  =========================  ======================================
@@ -33,10 +33,10 @@ COLOURS = ("red", "blue")
 ARTICULATIONS = ("staccato", "sustained")
 NUM_CLASSES = len(INSTRUMENTS) * len(COLOURS) * len(ARTICULATIONS)
 
-PITCH_HZ = (165.0, 1320.0)
-LOUDNESS_DB = (-38.0, -20.0)
+PITCH_HZ = (131.0, 1048.0)
+LOUDNESS_DB = (-34.0, -16.0)
 VIBRATO_HZ = (2.5, 9.0)
-NOISE_SLOPE_DB = (-6.0, 6.0)  # per octave: brown to violet
+NOISE_SLOPE_DB = (-4.0, 4.0)  # per octave: brown to violet
 HEIGHT = (0.82, 0.18)  # centre of the object as a fraction of the frame's height, lowest pitch to highest
 RADIUS = (0.11, 0.24)  # as a fraction of the frame's shorter side, quietest to loudest
 SEMITONES = 12 * float(np.log2(PITCH_HZ[1] / PITCH_HZ[0]))

@@ -9,7 +9,7 @@ import numpy as np
 
 from .scene import NOISE_SLOPE_DB, VIBRATO_HZ, Scene, Source, Waves
 
-AMBIENT_DB = -52.0
+AMBIENT_DB = -58.0
 VIBRATO_SEMITONES = 0.6
 STACCATO = 0.3  # sounding part of the time between two onsets; 1 when sustained
 TOP_HZ = 7600.0  # partials above are left out at any sample rate
@@ -27,11 +27,12 @@ class Timbre:
     damping: float = 0.0  # how much faster high partials decay: rate grows with ratio ** damping
     breath: float = 0.0  # noise above 2 kHz, relative to the partials
     click: float = 0.0  # noise of 12 ms at the onset, likewise
-    flutter_hz: float = 0.0  # amplitude modulation, full depth
+    flutter_hz: float = 0.0  # amplitude modulation,
+    flutter: float = 0.0  # its depth, 0 to 1
 
 
 def _formants(ratio: Array, hertz: Array) -> Array:
-    peaks = ((800, 1.0), (1250, 0.5), (2900, 0.35))
+    peaks = ((750, 1.0), (1250, 0.5), (3300, 0.8))
     return sum(gain * np.exp(-(((hertz - centre) / 220.0) ** 2)) for centre, gain in peaks) + 0.3 / ratio**2
 
 
@@ -40,22 +41,22 @@ def _harmonics(last: int, step: int = 1) -> tuple[float, ...]:
 
 
 TIMBRES = (  # in the order of INSTRUMENTS
-    # bell: inharmonic, long decay, high partials die first
-    Timbre((0.5, 1.0, 1.183, 1.506, 2.0, 2.66, 3.01, 4.17, 5.43), lambda r, f: r**-0.35, 0.002, 1.2, 0.8),
+    # bell: inharmonic, high partials die first
+    Timbre((0.5, 1.0, 1.183, 1.506, 2.0, 2.66, 3.01, 4.17, 5.43, 6.8, 8.21), lambda r, f: r**-0.2, 0.002, 0.9, 0.8),
     # flute: nearly a sine, with breath
     Timbre((1.0, 2.0), lambda r, f: r**-3.5, 0.05, breath=0.12),
-    # clarinet: odd harmonics
-    Timbre(_harmonics(19, 2), lambda r, f: r**-0.9, 0.02),
-    # strings: all harmonics
-    Timbre(_harmonics(40), lambda r, f: r**-1.0, 0.04),
+    # clarinet: odd harmonics, soft
+    Timbre(_harmonics(9, 2), lambda r, f: r**-0.5 * np.exp(-((f / 2600) ** 4)), 0.02),
+    # strings: all harmonics, a slow bow that shakes
+    Timbre(_harmonics(40), lambda r, f: r**-0.7, 0.08, breath=0.03, flutter_hz=12.0, flutter=0.5),
     # marimba: two far partials, a knock
     Timbre((1.0, 3.93, 9.6), lambda r, f: r**-0.6, 0.002, 0.35, 0.5, click=1.2),
-    # choir: harmonics under three formants
+    # choir: harmonics under three formants, the highest that of singers
     Timbre(_harmonics(24), _formants, 0.06, breath=0.02),
-    # organ: octaves only
-    Timbre((0.5, 1.0, 2.0, 4.0, 8.0, 16.0), lambda r, f: np.ones_like(r), 0.01),
+    # organ: octaves only, equally strong
+    Timbre((0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0), lambda r, f: np.ones_like(r), 0.005),
     # buzzer: weak fundamental, bright, chopped
-    Timbre(_harmonics(40), lambda r, f: r**0.3, 0.004, flutter_hz=22.0),
+    Timbre(_harmonics(40), lambda r, f: r**0.3, 0.004, flutter_hz=22.0, flutter=1.0),
 )
 
 
@@ -98,8 +99,8 @@ def _source(scene: Scene, index: int) -> Array:
         tone += timbre.breath * scale * _shaped(rng, scene, lambda f: f > 2000)
     if timbre.click:
         tone += timbre.click * scale * np.exp(-since / 0.012) * _shaped(rng, scene, lambda f: f > 1000)
-    if timbre.flutter_hz:
-        tone *= 0.5 + 0.5 * np.sin(2 * np.pi * timbre.flutter_hz * time)
+    if timbre.flutter:
+        tone *= 1 - timbre.flutter * (0.5 + 0.5 * np.sin(2 * np.pi * timbre.flutter_hz * time))
     tone *= gate * (1 + 0.25 * vibrato)
     tone *= np.minimum(1, (scene.seconds - time) / 0.01)
     level = np.sqrt(np.mean(tone[gate > 0.1] ** 2))
