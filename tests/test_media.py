@@ -70,12 +70,16 @@ def test_pictures_of_every_container(files: dict[str, Path], name: str) -> None:
     assert shown(read_frames(files[name], [1.2, 1.7])) == [12, 17]
 
 
-def test_one_file_read_twice(files: dict[str, Path]) -> None:
-    with MediaFile(files["webm"]) as media:
-        assert shown(media.frames([1.3])) == [13]
+@pytest.mark.parametrize("name", VIDEO)
+def test_one_file_read_often(files: dict[str, Path], name: str) -> None:
+    with MediaFile(files[name]) as media:
         first = media.audio()
-        assert shown(media.frames([0.3])) == [3]
+        assert shown(media.frames([1.3, 1.95])) == [13, 19]
+        assert shown(media.frames([1.3])) == [13]
         assert torch.equal(first, media.audio())
+        window = media.audio(start=1.2, seconds=0.3)
+        assert shown(media.frames([0.3])) == [3]
+        assert torch.equal(window, media.audio(start=1.2, seconds=0.3))
     assert click(first) == pytest.approx(CLICK, abs=1e-3)
 
 

@@ -197,6 +197,7 @@ class ClipDataset(Dataset[Sample | Failure]):
             waveform = sound.audio(sample_rate=self.sample_rate) if sound is not None else None
             rate = pictures.info.frame_rate if pictures is not None else 0.0
             count = _CACHED_FRAMES if rate <= 0 else min(_CACHED_FRAMES, max(1, round(duration * rate)))
+            count = _STILLS if clip.frames_dir is not None else count
             times = [duration * (i + 0.5) / count for i in range(count)]
             frames = _pictures(clip, pictures, times, duration)
         if frames is not None:

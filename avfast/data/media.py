@@ -232,7 +232,7 @@ class MediaFile:
         """To a point from which what is at ``time`` decodes."""
         import av
 
-        self._rewind()
+        self._fresh = False
         stream = self._stream(kind)
         try:
             self._container.seek(int((time + self._origin) / stream.time_base), stream=stream, backward=True)

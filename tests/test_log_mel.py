@@ -1,0 +1,232 @@
+"""Filter banks and the front end built on them.
+
+``tests/fixtures/log_mel/<name>.npz`` holds what ``torchaudio.compliance.kaldi.fbank`` of torchaudio 2.11 makes of
+:func:`waveform` ``(name)`` with the field's arguments; ``python tests/test_log_mel.py`` writes them again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from avfast.data.frontend import KaldiFrontend
+from avfast.data.log_mel import log_mel
+from avfast.masking import DrawKey
+
+STORED = Path(__file__).parent / "fixtures" / "log_mel"
+NAMES = ("noise", "chord", "sweep", "clicks", "quiet", "offset", "silence")
+RATES = {name: 16000 for name in NAMES} | {"sweep": 22050}
+
+
+def waveform(name: str) -> torch.Tensor:
+    """(samples,) float32 in [-1, 1], half a second and a bit."""
+    rate = RATES[name]
+    times = np.arange(int(0.53 * rate)) / rate
+    rng = np.random.RandomState(7)
+    wave = {
+        "noise": lambda: 0.3 * rng.standard_normal(len(times)),
+        "chord": lambda: sum(0.2 * np.sin(2 * np.pi * f * times) for f in (220.0, 277.2, 1318.5)),
+        "sweep": lambda: (
+            0.5 * np.sin(2 * np.pi * (100 * times + 6000 * times**2)) + 0.01 * rng.standard_normal(len(times))
+        ),
+        "clicks": lambda: (np.arange(len(times)) % 1000 == 500).astype(float),
+        "quiet": lambda: 1e-4 * rng.standard_normal(len(times)),
+        "offset": lambda: 0.5 + 0.1 * rng.standard_normal(len(times)),
+        "silence": lambda: np.zeros(len(times)),
+    }[name]()
+    return torch.from_numpy(wave.astype(np.float32))
+
+
+def by_torchaudio(wave: torch.Tensor, rate: int) -> torch.Tensor:
+    import torchaudio
+
+    return torchaudio.compliance.kaldi.fbank(
+        wave[None] - wave.mean(),
+        htk_compat=True,
+        sample_frequency=rate,
+        use_energy=False,
+        window_type="hanning",
+        num_mel_bins=128,
+        dither=0.0,
+        frame_shift=10,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_numbers(name: str) -> None:
+    stored = torch.from_numpy(np.load(STORED / f"{name}.npz")["banks"])
+    got = log_mel(waveform(name)[None], sample_rate=RATES[name])[0]
+    assert got.dtype == torch.float32 and got.shape == stored.shape
+    assert (got - stored).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchaudio(name: str) -> None:
+    pytest.importorskip("torchaudio", exc_type=ImportError)
+    wave = waveform(name).repeat(4)
+    got = log_mel(wave[None], sample_rate=RATES[name])[0]
+    assert (got - by_torchaudio(wave, RATES[name])).abs().max() <= 1e-4
+
+
+def test_independent_of_torchaudio() -> None:
+    """A plain float64 transcription of the definition, frame by frame."""
+    wave = waveform("noise").double().numpy()
+    wave = wave - wave.mean()
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)
+    bank = np.zeros((257, 128))
+    mel = lambda hertz: 1127 * np.log(1 + hertz / 700)  # noqa: E731
+    edges = np.linspace(mel(20), mel(8000), 130)
+    for k in range(256):
+        for m in range(128):
+            at, (left, centre, right) = mel(k * 16000 / 512), edges[m : m + 3]
+            if left < at < right:
+                bank[k, m] = (at - left) / (centre - left) if at <= centre else (right - at) / (right - centre)
+    rows = []
+    for first in range(0, len(wave) - 399, 160):
+        frame = wave[first : first + 400] - wave[first : first + 400].mean()
+        frame = window * (frame - 0.97 * np.concatenate([frame[:1], frame[:-1]]))
+        rows.append(np.log(np.maximum(np.abs(np.fft.rfft(frame, 512)) ** 2 @ bank, np.finfo(np.float32).eps)))
+    got = log_mel(waveform("noise")[None])[0].double().numpy()
+    assert got.shape == (len(rows), 128)
+    assert np.abs(got - np.array(rows)).max() < 5e-3  # float32 against float64, in the faintest of 6,528 bins
+    assert np.abs(got - np.array(rows)).mean() < 1e-5
+
+
+def test_ragged_batch() -> None:
+    wave = waveform("offset")
+    lengths = [len(wave), 5000, 400, 399, 0]
+    batch = torch.full((5, len(wave)), 0.7)  # what lies beyond must not be read
+    for row, length in zip(batch, lengths, strict=True):
+        row[:length] = wave[:length]
+    got = log_mel(batch, num_samples=torch.tensor(lengths))
+    for row, length in zip(got, lengths, strict=True):
+        alone = log_mel(wave[None, :length])[0]
+        assert len(alone) == (0 if length < 400 else 1 + (length - 400) // 160)
+        assert torch.allclose(row[: len(alone)], alone, atol=1e-4)
+        assert not row[len(alone) :].any()
+
+
+def test_settings_and_errors() -> None:
+    assert log_mel(torch.zeros(2, 8000), num_mel_bins=80, frame_shift_ms=5.0).shape == (2, 96, 80)
+    assert log_mel(torch.zeros(0, 8000)).shape == (0, 48, 128) and log_mel(torch.zeros(3, 10)).shape == (3, 0, 128)
+    with pytest.raises(ValueError, match=r"\(B, samples\), got shape \(8000,\)"):
+        log_mel(torch.zeros(8000))
+    with pytest.raises(TypeError, match="int16"):
+        log_mel(torch.zeros(1, 8000, dtype=torch.int16))
+    with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
+        log_mel(torch.zeros(2, 8000), num_samples=torch.zeros(3))
+    with pytest.raises(ValueError, match="frame_shift_ms=0"):
+        log_mel(torch.zeros(2, 8000), frame_shift_ms=0.0)
+
+
+def test_other_precisions_change_nothing() -> None:
+    wave = waveform("chord")[None]
+    want = log_mel(wave)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(log_mel(wave), want)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert (log_mel(wave) - want).abs().max() <= 1e-4
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_gpu(name: str) -> None:
+    """Bins more than 60 dB under the loudest of their frame hold rounding noise, which no two FFTs share."""
+    want = log_mel(waveform(name)[None], sample_rate=RATES[name])
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = log_mel(waveform(name)[None].cuda(), sample_rate=RATES[name]).cpu()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    heard = want > want.amax(dim=2, keepdim=True) - 13.8
+    assert (got - want)[heard].abs().max() <= 1e-4
+
+
+# -- front end ------------------------------------------------------------------------------------------------------
+
+
+def test_front_end_pads_before_it_normalises() -> None:
+    frontend = KaldiFrontend(num_frames=64)
+    wave = waveform("noise")[None]
+    got = frontend.audio(wave, torch.tensor([len(wave[0])]))
+    banks = log_mel(wave)[0]
+    assert got.shape == (1, 64, 128)
+    assert torch.allclose(got[0, : len(banks)], (banks + 5.081) / 4.485)
+    assert torch.allclose(got[0, len(banks) :], torch.tensor(5.081 / 4.485))
+    cut = KaldiFrontend(num_frames=20).audio(wave)
+    assert torch.allclose(cut[0], got[0, :20], atol=1e-3)  # its mean is that of fewer samples
+    assert frontend.audio(torch.zeros(0, 0)).shape == (0, 64, 128)
+    assert torch.allclose(frontend.audio(torch.zeros(1, 0), torch.tensor([0])), torch.tensor(5.081 / 4.485))
+
+
+def test_seconds_are_what_the_frames_read() -> None:
+    frontend = KaldiFrontend()
+    assert frontend.seconds == pytest.approx(10.255)
+    assert log_mel(torch.zeros(1, frontend.num_samples)).shape[1] == 1024
+    assert log_mel(torch.zeros(1, frontend.num_samples - 1)).shape[1] == 1023
+
+
+def test_training_noise_and_shift() -> None:
+    wave = waveform("noise").repeat(3, 1)
+    key = DrawKey(seed=5, step=3, positions=(4, 0, 2), total=6)
+    plain = KaldiFrontend(num_frames=64).audio(wave)
+    shifted = KaldiFrontend(num_frames=64, noise=0.0).audio(wave, train=True, key=key)
+    shifts = [next(s for s in range(64) if torch.equal(plain[0].roll(s, 0), row)) for row in shifted]
+    assert len(set(shifts)) > 1
+    noisy = KaldiFrontend(num_frames=64, time_shift=0).audio(wave, train=True, key=key) - plain
+    assert noisy.min() >= -1e-6 and noisy.max() <= 0.1 + 1e-6
+    for row in noisy:  # uniform between 0 and the clip's own amplitude
+        assert row.mean() / row.max() == pytest.approx(0.5, abs=0.03)
+    assert len({round(row.max().item(), 4) for row in noisy}) == 3
+    assert torch.equal(KaldiFrontend(num_frames=64, noise=0.0, time_shift=0).audio(wave, train=True, key=key), plain)
+
+
+def test_draws_follow_the_sample_not_the_batch() -> None:
+    frontend = KaldiFrontend(num_frames=64)
+    wave = torch.stack([waveform(name) for name in ("noise", "chord", "clicks")])
+    whole = frontend.audio(wave, train=True, key=DrawKey(1, 7, (0, 1, 2), 3))
+    part = frontend.audio(wave[1:], train=True, key=DrawKey(1, 7, (1, 2), 3))
+    assert torch.equal(whole[1:], part)
+    assert not torch.equal(whole, frontend.audio(wave, train=True, key=DrawKey(1, 8, (0, 1, 2), 3)))
+    assert not torch.equal(whole, frontend.audio(wave, train=True, key=DrawKey(2, 7, (0, 1, 2), 3)))
+    with pytest.raises(ValueError, match="3 positions, got one of 2"):
+        frontend.audio(wave, train=True, key=DrawKey(1, 7, (1, 2), 3))
+    with pytest.raises(ValueError, match="3 positions, got none"):
+        frontend.audio(wave, train=True)
+
+
+def test_pictures_in_and_out() -> None:
+    frontend = KaldiFrontend(image_size=16)
+    frames = torch.randint(0, 256, (2, 5, 3, 16, 16), dtype=torch.uint8)
+    got = frontend.visual(frames)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    want = (frames.float() / 255 - mean[:, None, None]) / std[:, None, None]
+    assert got.dtype == torch.float32 and torch.allclose(got, want, atol=1e-6)
+    assert torch.equal(frontend.visual(frames[:, 0]), got[:, 0])
+    assert torch.equal(frontend.visual_to_uint8(got), frames)
+    with pytest.raises(ValueError, match=r"\(B, 3, 16, 16\).*got \(2, 3, 16, 8\)"):
+        frontend.visual(frames[:, 0, :, :, :8])
+    with pytest.raises(TypeError, match="float32"):
+        frontend.visual(got)
+
+
+def test_front_end_is_json_and_checks_its_arguments() -> None:
+    import json
+
+    frontend = KaldiFrontend(num_frames=200, image_size=64, std=8.97)
+    assert KaldiFrontend(**json.loads(json.dumps(frontend.to_dict()))) == frontend != KaldiFrontend()
+    for wrong in ({"num_frames": 0}, {"std": 0.0}, {"noise": -1.0}, {"time_shift": 2000}, {"image_size": 2.5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            KaldiFrontend(**wrong)
+
+
+if __name__ == "__main__":
+    for each in NAMES:
+        np.savez_compressed(STORED / f"{each}.npz", banks=by_torchaudio(waveform(each), RATES[each]).numpy())
