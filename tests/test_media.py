@@ -83,6 +83,15 @@ def test_one_file_read_often(files: dict[str, Path], name: str) -> None:
     assert click(first) == pytest.approx(CLICK, abs=1e-3)
 
 
+def test_seeks_that_land_too_late(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some containers have no or a poor index."""
+    seek = MediaFile._seek
+    monkeypatch.setattr(MediaFile, "_seek", lambda self, kind, time: seek(self, kind, time + 0.5))
+    assert shown(read_frames(files["avi"], [1.2, 1.7])) == [12, 17]
+    window, whole = read_audio(files["wav"], start=1.35, seconds=0.5), read_audio(files["wav"])
+    assert (window - whole[21600:29600]).abs().max() < 0.01
+
+
 def test_probe(files: dict[str, Path]) -> None:
     info = probe(files["mp4"])
     assert (info.has_audio, info.has_video, info.sample_rate, info.channels) == (True, True, 44100, 2)
@@ -129,6 +138,7 @@ def test_channels_are_averaged(tmp_path: Path, extension: str, codec: str, rate:
     assert probe(path).channels == channels
     samples = read_audio(path)[:16000]
     amplitude = torch.fft.rfft(samples).abs() / 8000
+    assert samples.mean().abs() < 1e-2
     for hertz in tones:
         assert amplitude[round(hertz)].item() == pytest.approx(0.5 / channels, rel=0.05)
 
@@ -312,6 +322,35 @@ def test_cut_off_files_give_what_is_there(tmp_path: Path, name: str, options: di
     cut.write_bytes(data[: data.index(b"mdat") + 8] if name == "mp4" else data[:300])
     with pytest.raises(MediaError, match=r"cut\.\w+: "):
         read_frames(cut, [0.2])
+
+
+def test_sound_that_is_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "nan.wav"
+    samples = tone(1.0, 16000, click=None)
+    samples[500] = np.nan
+    write(path, codecs=(None, "pcm_f32le", 16000), wave=samples)
+    with pytest.raises(MediaError, match=r"nan\.wav: its sound holds values that are not finite"):
+        read_audio(path)
+    assert read_audio(path, start=0.5).isfinite().all()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_damage_never_escapes(tmp_path: Path, files: dict[str, Path], name: str) -> None:
+    """Whatever the bytes, there is a result or a MediaError."""
+    data, path = files[name].read_bytes(), tmp_path / f"x.{name}"
+    rng = np.random.default_rng(0)
+    for trial in range(12):
+        damaged = bytearray(data)
+        for at in rng.integers(0, len(data) if trial % 2 else 600, 20):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            with MediaFile(path) as media:
+                samples, frames = media.audio(start=1.2 * (trial % 3), seconds=1.0), media.frames([0.5, 1.5])
+        except MediaError:
+            continue
+        assert samples is None or (len(samples) <= 16000 and samples.isfinite().all())
+        assert frames is None or len(frames) == 2
 
 
 def test_damaged_middle(tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ class MediaFile:
             lo, hi = max(at - first, 0), min(at - first + len(piece), len(out))
             if lo < hi:
                 out[lo:hi] = piece[lo - at + first : hi - at + first]
+        if not np.isfinite(out).all():
+            raise MediaError(self.path, "its sound holds values that are not finite")
         return torch.from_numpy(out)
 
     def frames(self, times: Sequence[float]) -> Tensor | None:
@@ -157,13 +159,23 @@ class MediaFile:
         for frame in shown:
             if id(frame) not in pictures:
                 size = size or {"width": frame.width, "height": frame.height}
-                pictures[id(frame)] = _upright(frame.to_ndarray(format="rgb24", **size), frame.rotation)
+                pictures[id(frame)] = self._picture(frame, size)
         out: list[Tensor | None] = [None] * len(times)
         for i, frame in zip(order, shown, strict=True):
             out[i] = pictures[id(frame)]
         return (
             torch.stack([picture for picture in out if picture is not None]) if out else torch.empty(0, 0, 0, 3).byte()
         )
+
+    def _picture(self, frame: Any, size: dict[str, int]) -> Tensor:
+        import av
+
+        try:
+            picture = frame.to_ndarray(format="rgb24", **size)
+        except (av.FFmpegError, ValueError) as error:
+            raise MediaError(self.path, f"its pictures do not convert to RGB ({_reason(error)})") from None
+        # FFmpeg counts degrees counter-clockwise, as rot90 does
+        return torch.from_numpy(np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90))))
 
     # -- opening ----------------------------------------------------------------------------------------------------
 
@@ -236,7 +248,7 @@ class MediaFile:
         stream = self._stream(kind)
         try:
             self._container.seek(int((time + self._origin) / stream.time_base), stream=stream, backward=True)
-        except (av.FFmpegError, OSError):
+        except (av.FFmpegError, OSError, OverflowError):
             self._open()  # it cannot seek: from the beginning
             self._fresh = False
 
@@ -377,11 +389,6 @@ def _length(frame: Any, stream: Any) -> float:
 
 def _promises_data(stream: Any) -> bool:
     return bool(stream.frames or (stream.duration or 0) > 0)
-
-
-def _upright(picture: np.ndarray, rotation: int) -> Tensor:
-    """``rotation``: degrees counter-clockwise, as FFmpeg reads the display matrix."""
-    return torch.from_numpy(np.ascontiguousarray(np.rot90(picture, round(rotation / 90))))
 
 
 def _mono(frame: Any) -> np.ndarray:
