@@ -143,7 +143,7 @@ class KaldiFrontend:
             generator = torch.Generator(device)
             noise = torch.empty_like(inputs)
             for row, seed in zip(noise, seeds, strict=True):
-                torch.rand(row.shape, generator=generator.manual_seed(seed), out=row)
+                row.uniform_(generator=generator.manual_seed(seed))
             inputs = inputs + noise * torch.tensor(scales, dtype=inputs.dtype).to(device)[:, None, None]
         if self.time_shift:
             frames = torch.arange(self.num_frames, device=device)

@@ -101,8 +101,8 @@ def _filter_banks(wave: Tensor, sample_rate: int, num_mel_bins: int, length: int
     fft_size = 2 ** math.ceil(math.log2(length))
     power = torch.fft.rfft(frames, n=fft_size).abs().square()
     exact = power.dtype if _products_are_exact() else torch.float64
-    banks = _triangles(num_mel_bins, fft_size, sample_rate).to(wave.device, exact)
-    return (power.to(exact) @ banks).clamp(min=_FLOOR).log().float()
+    banks = _triangles(num_mel_bins, fft_size, sample_rate, wave.device)
+    return (power.to(exact) @ banks.to(exact)).clamp(min=_FLOOR).log().float()
 
 
 def _products_are_exact() -> bool:
@@ -114,7 +114,7 @@ def _products_are_exact() -> bool:
 
 
 @lru_cache(maxsize=8)
-def _triangles(num_mel_bins: int, fft_size: int, sample_rate: int) -> Tensor:
+def _triangles(num_mel_bins: int, fft_size: int, sample_rate: int, device: torch.device) -> Tensor:
     """(fft_size / 2 + 1, num_mel_bins) weights, rounded to float32 at every step as the oracle's are."""
 
     def to_mel(hertz: float) -> float:
@@ -127,4 +127,4 @@ def _triangles(num_mel_bins: int, fft_size: int, sample_rate: int) -> Tensor:
     hertz = sample_rate / fft_size * torch.arange(fft_size // 2, dtype=torch.float32)
     mel = (1127.0 * torch.log(1.0 + hertz / 700.0))[:, None]
     weights = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(min=0.0)
-    return torch.cat([weights, torch.zeros(1, num_mel_bins)])  # Kaldi leaves out the Nyquist bin
+    return torch.cat([weights, torch.zeros(1, num_mel_bins)]).to(device)  # Kaldi leaves out the Nyquist bin
