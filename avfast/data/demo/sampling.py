@@ -80,7 +80,7 @@ def sample(preset: Preset, split: str, seed: int) -> list[Scene]:
     key = [seed, SPLITS.index(split)]
     plan = np.random.default_rng([*key, 0])
     blocks = [plan.permutation(NUM_CLASSES) for _ in range(-(-count // NUM_CLASSES))]
-    balanced = np.concatenate(blocks)[:count] if blocks else []
+    balanced = np.array(blocks, dtype=int).reshape(-1)[:count]
     silent = plan.permutation(count) < round(count * preset.silent_share)
     off_screen = plan.permutation(count) < round(count * preset.off_screen_share)
     return [

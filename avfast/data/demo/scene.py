@@ -1,5 +1,5 @@
-"""What happens in one clip: a description small enough for a line of JSON, from which pixels, waveforms, masks and boxes
-are rendered again at any time.
+"""What happens in one clip: a description small enough for a line of JSON, from which pixels, waveforms, masks and
+boxes are rendered again at any time.
 
 Eight instruments are each one shape and texture (seen) tied to one timbre (heard). A class is instrument x colour x
 articulation; colour is only seen and articulation only heard, so one modality alone names the class of half of the
@@ -218,9 +218,8 @@ class Scene:
 def _restore(kind: Any, record: dict[str, Any]) -> Any:
     expected = {f.name for f in fields(kind)}
     if set(record) != expected:
-        raise ValueError(
-            f"{kind.__name__}: unknown fields {sorted(set(record) - expected)}, missing {sorted(expected - set(record))}"
-        )
+        unknown, missing = sorted(set(record) - expected), sorted(expected - set(record))
+        raise ValueError(f"{kind.__name__}: unknown fields {unknown}, missing {missing}")
     return kind(**record)
 
 

@@ -92,7 +92,7 @@ def _source(scene: Scene, index: int) -> Array:
     for ratio, amplitude, start in zip(ratios, amplitudes, rng.uniform(0, 2 * np.pi, len(ratios)), strict=True):
         partial = amplitude * np.cos(ratio * phase + start)
         if timbre.decay:
-            partial *= np.exp(since * (-max(ratio, 1.0) ** timbre.damping / timbre.decay))
+            partial *= np.exp(since * (-(max(ratio, 1.0) ** timbre.damping) / timbre.decay))
         tone += partial
     scale = np.sqrt(np.sum(amplitudes**2) / 2)
     if timbre.breath:

@@ -25,7 +25,11 @@ CLIPS = "clips"
 
 
 def write_clip(scene: Scene, path: str | os.PathLike[str]) -> None:
-    """Renders and encodes one scene. The audio of the decoded file starts with the first sample of ``scene.waves()``."""
+    """Renders and encodes one scene.
+
+    Decoded, the audio starts with the first sample of ``scene.waves()``; up to 1023 samples of silence fill its last
+    AAC frame.
+    """
     import av
 
     with av.open(os.fspath(path), "w", format="mp4") as container:
@@ -62,7 +66,7 @@ def cache_folder(preset: Preset, seed: int, root: str | os.PathLike[str] | None)
 
 
 def build_folder(preset: Preset, seed: int, folder: Path, workers: int, progress: bool) -> None:
-    """Fills ``folder`` unless it exists. It appears complete or not at all, whoever is interrupted or builds as well."""
+    """Fills ``folder`` unless it exists. It appears complete or not at all, whoever is interrupted or builds it too."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +139,8 @@ def _entry(scene: Scene) -> dict[str, str]:
 def _bar(iterable: Any, progress: bool, name: str, **options: Any) -> Any:
     from tqdm import tqdm
 
-    return tqdm(iterable, desc=f"writing demo clips ({name})", unit="clip", disable=not progress, mininterval=1.0, **options)
+    title = f"writing demo clips ({name})"
+    return tqdm(iterable, desc=title, unit="clip", disable=not progress, mininterval=1.0, **options)
 
 
 def _fill_clips(work: Path, total: int, workers: int, progress: bool, name: str) -> None:

@@ -1,0 +1,211 @@
+"""What can be reached on a demo set without learning a representation: by chance, by knowing, by shortcuts.
+
+Everything is held-out: fitted on the training clips, measured on the test clips, on the decoded files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import DemoSet
+from .scene import INSTRUMENTS, NUM_CLASSES, Scene, class_names
+
+Array = np.ndarray
+RANKS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Simple features of the clips of one split, in the manifest's order."""
+
+    colour: Array  # (clips, 6): mean and spread of red, green and blue in the middle frame
+    pixels: Array  # (clips, 768): that frame at 16 x 16
+    level: Array  # (clips, 1): loudness of the clip in dB
+    spectrum: Array  # (clips, 321): over time: mean, spread and upper tail of 64 log bands, quantiles of the level
+
+
+def features(demo: DemoSet, split: str) -> Features:
+    """Decodes every clip of a split."""
+    rows = []
+    for scene in demo.scenes(split):
+        picture, samples = _decode(demo, scene)
+        small = _shrink(picture)
+        bands = _bands(samples, scene.sample_rate)
+        power = np.log(np.exp(bands).sum(1))
+        change = np.abs(np.diff(bands, axis=0)).mean(0)
+        over_time = [bands.mean(0), bands.std(0), np.quantile(bands, 0.1, 0), np.quantile(bands, 0.95, 0), change]
+        rows.append(
+            (
+                np.concatenate([picture.mean((0, 1)), picture.std((0, 1))]),
+                small.ravel(),
+                [10 * np.log10(np.mean(samples**2) + 1e-9)],
+                np.concatenate([*over_time, np.quantile(power, (0.1, 0.5, 0.8, 0.9, 0.95))]),
+            )
+        )
+    return Features(*(np.array(column, dtype=np.float64) for column in zip(*rows, strict=True)))
+
+
+def _decode(demo: DemoSet, scene: Scene) -> tuple[Array, Array]:
+    from ..media import read_audio, read_frames
+
+    frames = read_frames(demo.path(scene), [scene.seconds / 2])
+    samples = read_audio(demo.path(scene), sample_rate=scene.sample_rate, seconds=scene.seconds)
+    if frames is None or samples is None:
+        raise RuntimeError(f"{demo.path(scene)}: expected pictures and sound, found only one of them")
+    return frames[0].numpy().astype(np.float64) / 255, samples.numpy().astype(np.float64)
+
+
+def _shrink(picture: Array) -> Array:
+    rows, columns = (np.linspace(0, n, 17).astype(int)[:-1] for n in picture.shape[:2])
+    sums = np.add.reduceat(np.add.reduceat(picture, rows, 0), columns, 1)
+    return sums / sums.shape[0] / sums.shape[1]
+
+
+def _bands(samples: Array, sample_rate: int) -> Array:
+    """Log power in 64 bands, even on a mel scale up to 8 kHz, of windows of 32 ms every 16: (windows, 64)."""
+    window = round(0.032 * sample_rate)
+    pieces = np.lib.stride_tricks.sliding_window_view(samples, window)[:: window // 2] * np.hanning(window)
+    power = np.abs(np.fft.rfft(pieces)) ** 2
+    mel = 2595 * np.log10(1 + np.fft.rfftfreq(window, 1 / sample_rate) / 700)
+    centres = np.linspace(0, 2840, 66)[1:-1]
+    weights = np.clip(1 - np.abs(mel - centres[:, None]) / (centres[1] - centres[0]), 0, None)
+    return np.log(power @ weights.T + 1e-8)
+
+
+def ridge(train: Array, targets: Array, test: Array) -> Array:
+    """Linear least squares with the penalty that leave-one-out error picks; targets (N, K) -> predictions (M, K)."""
+    centre, scale = train.mean(0), train.std(0) + 1e-9
+    left, sizes, right = np.linalg.svd((train - centre) / scale, full_matrices=False)
+    offset = targets.mean(0)
+    rotated = left.T @ (targets - offset)
+    best, error = np.zeros(0), np.inf
+    for penalty in len(train) * 10.0 ** np.arange(-4, 3):
+        shrink = sizes**2 / (sizes**2 + penalty)
+        leverage = (left**2) @ shrink + 1 / len(train)
+        residual = (targets - offset - left @ (shrink[:, None] * rotated)) / (1 - leverage)[:, None]
+        if (residual**2).mean() < error:
+            best, error = shrink / np.maximum(sizes, 1e-12), (residual**2).mean()
+    return offset + ((test - centre) / scale) @ right.T @ (best[:, None] * rotated)
+
+
+def accuracy(train: Array, labels: Array, test: Array, test_labels: Array) -> float:
+    """Of a linear classifier, 0 to 1."""
+    scores = ridge(train, np.eye(int(labels.max()) + 1)[labels], test)
+    return float((scores.argmax(1) == test_labels).mean())
+
+
+def explained(train: Array, values: Array, test: Array, test_values: Array) -> float:
+    """Share of variance a linear regression explains, at most 1."""
+    predicted = ridge(train, values[:, None], test)[:, 0]
+    return float(1 - ((predicted - test_values) ** 2).mean() / test_values.var())
+
+
+def recall(distance: Array) -> dict[str, float]:
+    """R@1, R@5, R@10 and median rank for (queries, gallery) distances whose matches are on the diagonal."""
+    rank = (distance < distance.diagonal()[:, None]).sum(1)
+    return {**{f"R@{k}": float((rank < k).mean()) for k in RANKS}, "MdR": float(np.median(rank) + 1)}
+
+
+def knowing(groups: Array) -> dict[str, float]:
+    """Expected retrieval of one who knows each clip's group and guesses within it."""
+    sizes = np.array([Counter(groups.tolist())[group] for group in groups.tolist()])
+    found = {f"R@{k}": float(np.minimum(1, k / sizes).mean()) for k in RANKS}
+    return {**found, "MdR": float(np.median((sizes + 1) / 2))}
+
+
+def retrieval_baselines(train: Features, test: Features, scenes: list[Scene]) -> dict[str, dict[str, float]]:
+    """Recall of chance, of perfect knowledge of some attributes, and of shortcuts, on the test clips as gallery."""
+    instruments = np.array([scene.sources[0].instrument for scene in scenes])
+    result = {"chance": knowing(np.zeros(len(scenes))), "knowing the instrument": knowing(instruments)}
+    for name, seen, heard in (
+        ("mean colour <-> loudness", "colour", "level"),
+        ("mean colour <-> spectrum", "colour", "spectrum"),
+        ("pixels <-> spectrum (linear)", "pixels", "spectrum"),
+    ):
+        x, y, scale = getattr(train, heard), getattr(test, heard), getattr(train, heard).std(0) + 1e-9
+        guess = ridge(getattr(train, seen), x, getattr(test, seen))
+        distance = (((guess[:, None] - y[None]) / scale) ** 2).mean(-1)
+        result[name] = recall(distance)
+    return result
+
+
+def class_ceilings(scenes: list[Scene]) -> dict[str, float]:
+    """Best expected accuracy of naming the class of a solo from what can be known; off screen, the colour cannot."""
+    hidden = np.array([not scene.sources[0].on_screen for scene in scenes])
+    return {
+        "chance": 1 / NUM_CLASSES,
+        "picture alone": float(np.where(hidden, 1 / NUM_CLASSES, 1 / 2).mean()),
+        "sound alone": 1 / 2,
+        "both": float(np.where(hidden, 1 / 2, 1).mean()),
+    }
+
+
+def class_shortcuts(train: Features, test: Features, scenes: list[Scene], test_scenes: list[Scene]) -> dict[str, float]:
+    """Class accuracy of linear classifiers over simple features."""
+    labels, answers = (np.array([scene.labels[0] for scene in part]) for part in (scenes, test_scenes))
+    both, both_test = (np.hstack([part.pixels, part.spectrum]) for part in (train, test))
+    return {
+        "mean colour": accuracy(train.colour, labels, test.colour, answers),
+        "pixels": accuracy(train.pixels, labels, test.pixels, answers),
+        "loudness": accuracy(train.level, labels, test.level, answers),
+        "spectrum": accuracy(train.spectrum, labels, test.spectrum, answers),
+        "pixels and spectrum": accuracy(both, labels, both_test, answers),
+    }
+
+
+def readouts(train: Features, test: Features, scenes: list[Scene], test_scenes: list[Scene]) -> dict[str, float]:
+    """How well each attribute can be read off linearly: accuracy of the discrete ones, R2 of the continuous ones."""
+
+    def values(part: list[Scene], name: str) -> Array:
+        return np.array([getattr(s if name == "background" else s.sources[0], name) for s in part])
+
+    result = {}
+    for modality, kind in (("sound", "spectrum"), ("picture", "pixels")):
+        for name in ("instrument", "colour", "articulation", "pitch", "loudness", "vibrato", "background"):
+            discrete = name in ("instrument", "colour", "articulation")
+            measure = accuracy if discrete else explained
+            key = f"{name} from {modality} ({'accuracy' if discrete else 'R2'})"
+            result[key] = measure(
+                getattr(train, kind), values(scenes, name), getattr(test, kind), values(test_scenes, name)
+            )
+    return result
+
+
+def report(demo: DemoSet) -> str:
+    """All of the above as text. Sets with several sounding sources get their composition and chance only."""
+    scenes, test_scenes = demo.scenes("train"), demo.scenes("test")
+    lines = [f"{demo.preset.name}: {demo.root}", "", *composition(scenes, test_scenes), ""]
+    solos = demo.preset.sounding == (1, 1)
+    if not (solos and scenes and test_scenes):
+        return "\n".join(lines)
+    train, test = features(demo, "train"), features(demo, "test")
+    title = f"retrieval among {len(test_scenes)} test clips"
+    lines.append(f"{title:36}" + "".join(f"{f'R@{k}':>8}" for k in RANKS))
+    for name, row in retrieval_baselines(train, test, test_scenes).items():
+        rates = "".join(f"{row[f'R@{k}']:8.3f}" for k in RANKS)
+        lines.append(f"  {name:34}{rates}   median rank {row['MdR']:g}")
+    for title, table in (
+        ("class accuracy: ceilings", class_ceilings(test_scenes)),
+        ("class accuracy: linear shortcuts", class_shortcuts(train, test, scenes, test_scenes)),
+        ("attributes: linear readout", readouts(train, test, scenes, test_scenes)),
+    ):
+        lines += ["", title, *(f"  {name:44}{value:6.3f}" for name, value in table.items())]
+    return "\n".join(lines)
+
+
+def composition(scenes: list[Scene], test_scenes: list[Scene]) -> list[str]:
+    """A few lines on what the set holds."""
+    lines = []
+    for split, part in (("train", scenes), ("test", test_scenes)):
+        sounding = Counter(len(scene.sounding) for scene in part)
+        silent = sum(len(scene.sources) > len(scene.sounding) for scene in part)
+        hidden = sum(not scene.sources[0].on_screen for scene in part)
+        counts = ", ".join(f"{count} with {number} sounding" for number, count in sorted(sounding.items()))
+        lines.append(f"{split}: {len(part)} clips ({counts}), {silent} with a silent distractor, {hidden} off screen")
+    labels = Counter(label for scene in scenes for label in scene.labels)
+    ordered = ", ".join(f"{class_names()[label]} {count}" for label, count in labels.most_common(3))
+    lines.append(f"{len(INSTRUMENTS)} instruments, {len(labels)} classes; most frequent: {ordered}")
+    return lines
