@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,16 +38,16 @@ def run(config: Config) -> dict[str, Any]:
     clips = data.shuffled(train, config.seed) if config.shuffle_pairs else train
     trainer = Trainer(build_model(config, fresh=resumed is None).to(device), config, device)
     bad = BadFiles(len(train) + len(held_out), config.max_bad_files)
-    plan = partial(
-        StepBatches,
+    batches = StepBatches(
         len(clips),
         config.batch_size * world_size(),
+        steps=0,
         seed=config.seed,
         rank=parallel.rank(),
         world_size=world_size(),
         weights=[clip.weight for clip in clips.clips] if config.weights_csv else None,
     )
-    per_epoch = plan(steps=0).steps_per_epoch / config.accumulate
+    per_epoch = batches.steps_per_epoch / config.accumulate
     total = max(1, round(config.epochs * per_epoch)) if config.steps is None else config.steps
     start = 0
     if resumed is not None:
@@ -71,9 +70,9 @@ def run(config: Config) -> dict[str, Any]:
             cache=config.cache_media,
             crop_scale=config.crop_scale,
         )
-        steps = plan(steps=total * config.accumulate, start_step=start * config.accumulate)
-        loader = make_loader(dataset, steps, config.workers, pin_memory=device.type == "cuda")
-        if config.cache_media and len(steps):
+        batches.start_step, batches.steps = start * config.accumulate, total * config.accumulate
+        loader = make_loader(dataset, batches, config.workers, pin_memory=device.type == "cuda")
+        if config.cache_media and len(batches):
             log.say("decoding all clips into memory")
             dataset.warm(log.progress(len(dataset)))
         speed = fit(trainer, clips, iter(loader), log, bad, out, start, total, per_epoch)

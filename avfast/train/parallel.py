@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -89,6 +90,8 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
         return model
     if world_size() == 1:
         return model
+    # one small position table is laid out otherwise than DDP's buckets; copying it costs nothing worth a warning
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,

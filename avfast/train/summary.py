@@ -36,7 +36,7 @@ def finish(
     config, model = trainer.config, trainer.model
     if config.shard != "none":
         # sharded parameters gather block by block in step with the other processes; evaluation does not go in step
-        state = trainer.model_state()
+        state = trainer.model_state(everywhere=True)
         model = build_model(replace(config, timm=None, init_from=None)).to(trainer.device)
         model.load_state_dict(state)
     summary: dict[str, Any] = {"retrieval": None, "probe": None, "notes": []}

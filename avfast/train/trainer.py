@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from avfast.data.clips import Batch
 from avfast.distributed import world_size
-from avfast.masking import DrawKey
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config
 
@@ -52,7 +53,7 @@ class Trainer:
         half = self.dtype is torch.float16
         self.scalers = [torch.amp.GradScaler(device.type, enabled=half) for _ in model.branches]
 
-    def step(self, batches: list[Any], lr: float) -> dict[str, Tensor]:
+    def step(self, batches: list[Batch], lr: float) -> dict[str, Tensor]:
         """One optimiser step per branch on the same batches; the mean losses, still on the device."""
         self.wrapped.train()
         means: dict[str, Tensor] = {}
@@ -73,21 +74,22 @@ class Trainer:
             scaler.update()
         return means
 
-    def forward(self, call: nn.Module, batch: Any, branch: str, train: bool = True) -> Any:
+    def forward(self, call: nn.Module, batch: Batch, branch: str, train: bool = True) -> Any:
         """The model's output for a batch of clips, every random choice keyed by the batch's step and positions."""
         audio, visual, draws = self.inputs(batch, branch, train)
         with parallel.autocast(self.dtype, self.device):
             return call(audio, visual, draws)
 
-    def inputs(self, batch: Any, branch: str, train: bool = True) -> tuple[Tensor, Tensor, Any]:
+    def inputs(self, batch: Batch, branch: str, train: bool = True) -> tuple[Tensor, Tensor, Any]:
         """``(audio, visual, draws)`` of a batch of clips, on the device."""
-        key = DrawKey(self.config.seed, batch.step, batch.positions, batch.total)
+        batch = batch if len(batch) else blank(batch)
+        key = batch.key(self.config.seed)
         with torch.no_grad():
             waveform, samples = self._move(batch.waveform), self._move(batch.num_samples)
             audio = self.model.frontend.audio(waveform, samples, train=train, key=key)
             visual = self.model.frontend.visual(self._move(batch.frames))
         draws = self.model.draw(
-            len(batch.positions),
+            len(batch),
             key=key,
             branch=branch,
             has_audio=batch.has_audio.tolist(),
@@ -98,13 +100,16 @@ class Trainer:
     def _move(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
 
-    def model_state(self) -> dict[str, Tensor]:
-        """The full state dict; every process must call it where parameters are sharded."""
+    def model_state(self, everywhere: bool = False) -> dict[str, Tensor]:
+        """The full state dict; every process must call it.
+
+        Where parameters are sharded, only rank 0 gets it, on the CPU, unless ``everywhere`` is set.
+        """
         if self.config.shard == "none":
             return self.model.state_dict()
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
         return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
 
     def state(self) -> dict[str, Any]:
@@ -131,11 +136,29 @@ class Trainer:
         else:
             from torch.distributed.checkpoint import state_dict as full
 
-            options = full.StateDictOptions(full_state_dict=True)
-            full.set_model_state_dict(self.model, model, options=options)
+            full.set_model_state_dict(self.model, model, options=full.StateDictOptions(full_state_dict=True))
+            # not strict: an optimiser of one branch has no state for the parameters that only others train
+            options = full.StateDictOptions(full_state_dict=True, strict=False)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 full.set_optimizer_state_dict(self.model, optimizer, saved, options=options)
         for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
             scaler.load_state_dict(saved)
         if len(state["rng"]) == world_size():
             checkpoint.set_rng_state(state["rng"][parallel.rank()])
+
+
+def blank(batch: Batch) -> Batch:
+    """A batch of which nothing could be decoded, as one row without sound and without pictures.
+
+    No loss counts the row, but the forward pass touches every parameter and joins every collective.
+    """
+    absent = torch.zeros(1, dtype=torch.bool)
+    return replace(
+        batch,
+        waveform=torch.zeros(1, 1),
+        num_samples=torch.zeros(1, dtype=torch.long),
+        frames=batch.frames.new_zeros(1, *batch.frames.shape[1:]),
+        has_audio=absent,
+        has_visual=absent,
+        positions=(batch.failures[0].position,),
+    )
