@@ -129,11 +129,9 @@ def test_draws_depend_on_names_only(folder: Path) -> None:
     sample = make(seed=3)[index, 5, 2]
     again = make(seed=3)[index, 5, 2]
     assert torch.equal(sample.waveform, again.waveform) and torch.equal(sample.frames, again.frames)
-    windows = set()
-    for other in (make(seed=4)[index, 5, 2], make(seed=3)[index, 6, 2], make(seed=3)[index, 5, 3], sample):
-        windows.add(round(other.waveform.abs().argmax().item()))
+    for other in (make(seed=4)[index, 5, 2], make(seed=3)[index, 6, 2], make(seed=3)[index, 5, 3]):
         assert other.frames.shape == (1, 3, 32, 32) and len(other.waveform) == FRONTEND.num_samples
-    assert len(windows) > 1
+        assert not torch.equal(other.waveform, sample.waveform)
 
 
 def test_random_windows_and_frames_cover_the_clip(folder: Path) -> None:
