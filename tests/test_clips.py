@@ -75,7 +75,10 @@ def test_a_users_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     clips = read_folder(folder)
     dataset = ClipDataset(clips, frontend=FRONTEND, train=False)
     with caplog.at_level(logging.WARNING, logger="avfast"):
-        rows, failures = by_name(clips, eval_loader(dataset, 4))
+        loader = eval_loader(dataset, 4)
+        rows, failures = by_name(clips, loader)
+        assert sum(len(batch) for batch in loader) == len(rows)  # once more, without a second warning
+    assert {clips.clips[index].id for index in loader.short} == {"b/short"}
     assert set(rows) == {clip.id for clip in clips.clips} - BAD
     assert {os.path.relpath(f.path, folder).removesuffix(".mp4") for f in failures} == BAD
     assert all(len(f.reason) > 5 for f in failures)
