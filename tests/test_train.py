@@ -1,0 +1,359 @@
+"""Runs on real media files, in this process or in others that are killed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import wave
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from avfast.data.demo import build
+from avfast.train import checkpoint, data, parallel
+from avfast.train.__main__ import main
+from avfast.train.config import SettingError
+from avfast.train.loop import run
+from avfast.train.monitor import RunError
+from avfast.train.recipes import demo
+from avfast.train.trainer import Trainer
+
+MODEL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
+QUIET = {"tensorboard": False, "pictures": 0, "evaluate": False, "log_every": 1}
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """16 + 8 clips of the built-in kind."""
+    root = tmp_path_factory.mktemp("clips")
+    made = build("tiny", root, clips=16, test_clips=8, workers=1, progress=False)
+    return SimpleNamespace(train=str(made.train), test=str(made.test), classes=str(made.class_csv), folder=root)
+
+
+@pytest.fixture(scope="session")
+def mixed(clips, tmp_path_factory):
+    """A folder with sound only, a truncated file, a text and an empty file among the clips."""
+    folder = tmp_path_factory.mktemp("mixed")
+    files = sorted(clips.folder.rglob("*.mp4"))[:12]
+    for file in files:
+        shutil.copy(file, folder)
+    (folder / "text.mp4").write_text("no film")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "cut.mp4").write_bytes(files[0].read_bytes()[:3000])
+    for name in ("a", "b"):
+        with wave.open(str(folder / f"{name}.wav"), "wb") as file:
+            file.setparams((1, 2, 16000, 0, "NONE", ""))
+            file.writeframes((np.random.default_rng(0).standard_normal(24000) * 3000).astype("<i2").tobytes())
+    return str(folder)
+
+
+def settings(out, clips, **changes):
+    """A small run that takes a second or two."""
+    base = replace(demo(), data=(clips.train,), class_csv=clips.classes, eval_data=(clips.test,), batch_size=4, **QUIET)
+    return replace(base, model_args=MODEL, out=str(out), steps=4, warmup_steps=2, **changes)
+
+
+def arguments(config):
+    """The command line of a configuration."""
+    path = Path(config.out).parent / f"{Path(config.out).name}.json"
+    path.write_text(config.to_json())
+    return ["--config", str(path), "--out", config.out]
+
+
+def python(code, *words, timeout=120):
+    """Runs Python code in a process of its own."""
+    found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=timeout)
+    return found.returncode, found.stdout + found.stderr
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(a, b):
+    """Two checkpoints hold the same parameters and optimiser states, bit for bit."""
+    (model, state), (model_b, state_b) = checkpoint.load(a), checkpoint.load(b)
+    assert model.keys() == model_b.keys() and all(torch.equal(model[k], model_b[k]) for k in model)
+    assert len(state["optimizers"]) == len(state_b["optimizers"])
+    for one, other in zip(state["optimizers"], state_b["optimizers"], strict=True):
+        assert one["state"].keys() == other["state"].keys() and one["state"]
+        for k, values in one["state"].items():
+            assert all(torch.equal(value, other["state"][k][name]) for name, value in values.items())
+
+
+KILLED = """
+import os, signal, sys
+from avfast.train import checkpoint
+from avfast.train.__main__ import main
+save = checkpoint.save
+def saved(folder, step, *rest):
+    save(folder, step, *rest)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save = saved
+main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed_is_bit_for_bit(tmp_path, clips):
+    """10 steps == 5 steps, kill -9, --resume auto, 5 steps; two optimisers, accumulation, clipping."""
+    changes = {"checkpoint_every": 5, "accumulate": 2, "model_args": MODEL | {"objective": "released"}}
+    whole = replace(settings(tmp_path / "whole", clips), steps=10, **changes)
+    run(whole)
+    code, _ = python(KILLED, *arguments(replace(whole, out=str(tmp_path / "killed"))))
+    assert code == -signal.SIGKILL
+    assert [p.name for p in checkpoint.complete(tmp_path / "killed/checkpoints")] == ["step-5"]
+    code, text = python(
+        "import sys; from avfast.train.__main__ import main; sys.exit(main(sys.argv[1:]))",
+        *["--resume", "auto", "--out", str(tmp_path / "killed")],
+    )
+    assert code == 0, text
+    assert_same(tmp_path / "whole/checkpoints/step-10", tmp_path / "killed/checkpoints/step-10")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) == 10
+
+
+KILLED_WRITING = """
+import os, signal, sys, torch
+from avfast.train.__main__ import main
+save, calls = torch.save, []
+def half(value, path):
+    save(value, path)
+    calls.append(path)
+    if len(calls) == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+main(sys.argv[1:])
+"""
+
+
+def test_a_kill_while_writing_loses_that_checkpoint_only(tmp_path, clips):
+    whole = settings(tmp_path / "whole", clips, checkpoint_every=2)
+    run(whole)
+    killed = replace(whole, out=str(tmp_path / "killed"))
+    code, _ = python(KILLED_WRITING, *arguments(killed))
+    folder = tmp_path / "killed/checkpoints"
+    assert code == -signal.SIGKILL and sorted(p.name for p in folder.iterdir()) == [".writing-step-4", "step-2"]
+    (folder / "step-9").mkdir()  # as a copy that was cut short leaves it
+    (folder / "step-9" / checkpoint.MODEL).write_bytes(b"x")
+    run(replace(killed, resume="auto"))
+    assert not (folder / ".writing-step-4").exists()
+    assert_same(tmp_path / "whole/checkpoints/step-4", folder / "step-4")
+
+
+@pytest.mark.parametrize("shard", ["none", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_two_processes_equal_one(shard, tmp_path, mixed):
+    """20 steps; unequal shares (17 clips in a batch, 5 of them bad or without pictures), accumulation."""
+    one = replace(settings(tmp_path / "one", SimpleNamespace(train=mixed, test="", classes=None)), eval_data=())
+    one = replace(one, steps=20, batch_size=18, accumulate=2, eval_fraction=0.0, max_bad_files=0.5, lr=3e-3)
+    with pytest.warns(UserWarning, match="batches of 17"):
+        run(one)
+    two = replace(one, out=str(tmp_path / "two"), batch_size=9, shard=shard)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", "-m", "avfast.train", *arguments(two)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "one")[-1] < 0.9 * losses(tmp_path / "one")[0]  # it did train
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    assert summaries[0]["bad_files"] == summaries[1]["bad_files"]
+    assert {Path(p).name for p in summaries[0]["bad_files"]["files"]} == {"text.mp4", "empty.mp4", "cut.mp4"}
+    assert summaries[1]["processes"] == 2 and summaries[1]["short_clips"] == 2
+
+
+def test_a_batch_without_a_readable_clip_touches_every_parameter(clips):
+    """Otherwise the other processes of the run would wait for this one's gradients for ever."""
+    from avfast.data.clips import Failure, collate
+    from avfast.models import create_model
+
+    trainer = Trainer(create_model("avsiam_tiny", **MODEL), demo(), torch.device("cpu"))
+    failure = Failure("x.mp4", "broken", index=0, step=0, position=3)
+    batch = collate([failure], total=8, image_size=64)
+    means = trainer.step([batch], lr=0.0)
+    assert means["loss"] == 0
+    assert [name for name, p in trainer.model.named_parameters() if p.grad is None] == []
+
+
+def test_accumulation_is_the_mean_gradient(clips):
+    from avfast.data.clips import ClipDataset, StepBatches, make_loader
+    from avfast.models import create_model
+
+    config = replace(demo(), model_args=MODEL)
+    trainer = Trainer(create_model("avsiam_tiny", **MODEL), config, torch.device("cpu"))
+    train = data.read([clips.train])
+    dataset = ClipDataset(train, frontend=trainer.model.frontend, train=True)
+    batches = list(make_loader(dataset, StepBatches(len(train), 4, steps=2)))
+    gradients = []
+    for given in ([batches[0]], [batches[1]], batches):
+        trainer.step(given, lr=0.0)
+        # the two single steps are clipped alike only if neither is: compare what the loss asks for
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).clone())
+    unclipped = replace(config, clip_grad=None)
+    trainer.config, raw = unclipped, []
+    for given in ([batches[0]], [batches[1]], batches):
+        trainer.step(given, lr=0.0)
+        raw.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).clone())
+    torch.testing.assert_close(raw[2], (raw[0] + raw[1]) / 2, rtol=1e-4, atol=1e-6)
+    assert all(g.norm() <= 1.0001 for g in gradients) and raw[0].norm() > 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"checkpoint_activations": True}, {"precision": "bf16"}, {"workers": 2, "cache_media": False}]
+)
+def test_what_must_not_change_the_losses(change, tmp_path, clips):
+    run(
+        settings(tmp_path / "plain", clips, cache_media=False, workers=0)
+        if "workers" in change
+        else settings(tmp_path / "plain", clips)
+    )
+    run(replace(settings(tmp_path / "changed", clips), **change))
+    tolerance = 2e-2 if "precision" in change else 0
+    assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance, abs=0)
+
+
+def test_half_precision_has_a_scaler_per_branch(tmp_path, clips):
+    config = settings(tmp_path / "half", clips, precision="fp16")
+    run(replace(config, model_args=MODEL | {"objective": "released"}))
+    _, state = checkpoint.load(checkpoint.find(tmp_path / "half"))
+    assert len(state["scalers"]) == 2 and all(s["scale"] > 0 for s in state["scalers"])
+
+
+def test_summary_pictures_and_evaluation_of_a_checkpoint(tmp_path, clips, capsys):
+    config = settings(tmp_path / "run", clips)
+    summary = run(replace(config, evaluate=True, pictures=2, tensorboard=True))
+    assert summary == json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["retrieval"]["gallery"] == 8 and summary["clips"] == {"train": 16, "held_out": 8}
+    for direction in ("audio_to_visual", "visual_to_audio"):
+        assert set(summary["retrieval"][direction]) == {"R@1", "R@5", "R@10", "MdR"}
+        assert 0 <= summary["retrieval"][direction]["R@1"] <= summary["retrieval"][direction]["R@5"] <= 1
+    assert {"accuracy", "chance", "audio", "visual"} <= set(summary["probe"]) and summary["clips_per_second"] > 0
+    for name in ("loss.png", "reconstruction.png"):
+        assert (tmp_path / "run" / name).read_bytes()[:4] == b"\x89PNG"
+    assert "audio to visual" in capsys.readouterr().out
+
+    from avfast.train.evaluate import main as evaluate
+
+    assert evaluate([str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run/evaluation-step-4.json").read_text())
+    assert report["retrieval"] == summary["retrieval"] and report["probe"] == summary["probe"]
+    model = checkpoint.load_model(tmp_path / "run")
+    assert torch.equal(
+        model.state_dict()["pos_embed"], checkpoint.load(checkpoint.find(tmp_path / "run"))[0]["pos_embed"]
+    )
+
+
+def test_untrained_and_extended_runs(tmp_path, clips):
+    untrained = run(replace(settings(tmp_path / "run", clips), steps=0, evaluate=True))
+    assert untrained["clips_per_second"] is None and untrained["retrieval"]["gallery"] == 8
+    run(settings(tmp_path / "more", clips))
+    assert main(["--resume", "auto", "--out", str(tmp_path / "more"), "--steps", "6"]) == 0
+    assert [p.name for p in checkpoint.complete(tmp_path / "more/checkpoints")] == ["step-4", "step-6"]
+
+
+def test_too_many_bad_files_end_the_run(tmp_path, mixed, capsys):
+    words = ["--data", mixed, "--out", str(tmp_path / "run"), "--batch_size", "4", "--steps", "9", "--no-tensorboard"]
+    words += [f"--model.{k}={v}" for k, v in MODEL.items()] + ["--eval_fraction", "0", "--log_every", "1"]
+    assert main(words) == 1
+    printed = capsys.readouterr()
+    assert "--max_bad_files: 1 of 17 clips cannot be decoded" in printed.err and printed.err.count("\n") == 1
+    assert printed.out.count("bad file") == 1 and "Invalid data" in printed.out
+
+
+def test_a_loss_that_is_not_finite_names_step_and_clips(tmp_path, clips, monkeypatch):
+    step = Trainer.step
+
+    def broken(self, batches, lr):
+        found = step(self, batches, lr)
+        return found | {"loss": found["loss"] * torch.nan} if batches[0].step == 2 else found
+
+    monkeypatch.setattr(Trainer, "step", broken)
+    with pytest.raises(RunError, match=r"step 3: the loss is nan, not finite, on rank 0 with clips \S+, \S+, \S+, \S+"):
+        run(replace(settings(tmp_path / "run", clips), log_every=10))
+    assert not checkpoint.complete(tmp_path / "run/checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--data", "no/such/folder"], "no/such/folder: no such folder or manifest"),
+        (["--data", "{train}", "--class_csv", "{short}"], "label"),
+        (["--data", "{train}", "--class_csv", "no.csv"], "no.csv: No such file"),
+        (["--data", "{empty}"], "no media files under"),
+        (["--data", "{train}", "--model", "avsiam_tny"], "did you mean avsiam_tiny"),
+        (["--data", "{train}", "--model.dept", "3"], "dept"),
+        (["--data", "{train}", "--model.frontend", '{"num_frames": 100}'], "audio must be (B, 192, 128)"),
+        (["--data", "{train}", "--eval_fraction", "1"], "all 16 were held out"),
+        (["--data", "{train}", "--resume", "auto"], "--resume auto needs the run folder"),
+        (["--data", "{train}", "--resume", "{empty}"], "no checkpoint"),
+        (["--data", "{train}", "--device", "gpu"], "--device gpu"),
+        (["--data", "{train}", "--shard", "fsdp2"], "more than one process"),
+        (["--weights_csv", "x.csv", "--data", "{empty}"], "--weights_csv: expected 0"),
+        (["--class_csv", "x.csv"], "go with --data"),
+        (["--demo_set", "tny", "--clips", "3"], "unknown flag '--clips'"),
+    ],
+)
+def test_wrong_settings_are_answered_in_one_line(words, says, tmp_path, clips, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.csv").write_text("index,mid,display_name\n0,/m/none,nothing\n")
+    places = {"train": clips.train, "empty": str(tmp_path / "empty"), "short": str(tmp_path / "short.csv")}
+    words = [word if "{" not in word or ":" in word else word.format(**places) for word in words]
+    if "auto" not in words:
+        words += ["--out", str(tmp_path / "run")]
+    assert main([*words, "--steps", "1", "--batch_size", "4", "--no-tensorboard"]) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err and printed.err.count("\n") == 1, printed.err
+
+
+def test_a_run_is_not_continued_by_accident(tmp_path, clips):
+    config = settings(tmp_path / "run", clips)
+    run(config)
+    with pytest.raises(SettingError, match="holds checkpoints"):
+        run(config)
+    with pytest.raises(SettingError, match=r"lr 0.001 -> 0.5; clips per forward pass over all processes 4 -> 8"):
+        run(replace(config, resume="auto", lr=0.5, batch_size=8))
+
+
+def test_checkpoints_are_kept_by_number(tmp_path):
+    for step in (1, 2, 10):
+        checkpoint.save(tmp_path, step, {"w": torch.ones(2)}, {"step": step}, keep=2)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-2", "step-10"]
+    model, state = checkpoint.load(tmp_path / "step-10")
+    assert torch.equal(model["w"], torch.ones(2)) and state == {"step": 10}
+
+
+def test_random_state_survives_a_file(tmp_path):
+    import random
+
+    path = tmp_path / "rng.pt"
+    torch.save(checkpoint.rng_state(), path)
+    drawn = random.random(), np.random.rand(), torch.rand(1).item()
+    checkpoint.set_rng_state(torch.load(path, weights_only=True))
+    assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+def test_held_out_clips_keep_their_side(clips):
+    every = data.read([clips.train, clips.test], clips.classes)
+    train, held_out = data.split(every, 0.4)
+    assert {c.id for c in train.clips} | {c.id for c in held_out.clips} == {c.id for c in every.clips}
+    assert len(train) + len(held_out) == 24 and 3 < len(held_out) < 17
+    fewer = data.split(replace(every, clips=every.clips[:16]), 0.4)[1]
+    assert set(fewer.clips) <= set(held_out.clips)
+    assert len(data.first(every, 5)) == 5 and data.first(every, 5) == data.first(data.first(every, 9), 5)
+
+
+def test_shuffled_pairs_never_match(clips):
+    every = data.read([clips.train], clips.classes)
+    mixed = data.shuffled(every, 3)
+    assert mixed == data.shuffled(every, 3) != data.shuffled(every, 4)
+    assert [c.audio_path for c in mixed.clips] == [c.audio_path for c in every.clips]
+    assert sorted(c.video_path for c in mixed.clips) == sorted(c.video_path for c in every.clips)
+    assert all(c.audio_path != c.video_path for c in mixed.clips)
+
+
+def test_one_process_needs_no_group():
+    assert parallel.rank() == 0 and parallel.gather("x") == ["x"] and parallel.first_only(lambda: 3) == 3
