@@ -1,7 +1,7 @@
 """Checkpoints of other codebases: their layouts in, our parameter names out.
 
-Every converter accounts for each key of the released file: mapped, or named in a drop list with the reason. Anything else,
-and anything missing, is an error that lists the keys.
+Every converter accounts for each key of the released file: mapped, or named in a drop list with the reason. Anything
+else, and anything missing, is an error that lists the keys.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def avsiam(state: Mapping[str, Tensor], **overrides: Any) -> tuple[dict[str, Any
             (rf"{ast}\.blocks\.(\d+\.(?:norm[12]|attn|mlp)\..*)", r"encoder_a.blocks.\1"),
             (rf"{ast}\.norm_a\.(.*)", r"encoder_a.norm.\1"),
         ]
-    rules.append((rf"{ast}\..*", None))  # second audio encoder of Base's reconstruction pass, discarded after pre-training
+    rules.append((rf"{ast}\..*", None))  # Base's second audio encoder, discarded after pre-training
     weights = rename(state, rules)
     if "pos_embed" not in weights or "patch_embed.proj.weight" not in weights or "pos_embed_a" not in weights:
         raise ValueError("the checkpoint lacks the patch embeddings or positions of " + vit)
@@ -256,7 +256,7 @@ def timm_vit(name: str, pretrained: bool, img_size: int | None = None) -> nn.Mod
         raise ImportError("loading timm weights needs timm: pip install timm") from error
     size = {} if img_size is None else {"img_size": img_size}
     vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
-    if not hasattr(vit, "blocks") or getattr(vit, "pos_embed", None) is None or hasattr(vit.blocks[0].attn, "q_norm") is None:
+    if not hasattr(vit, "blocks") or getattr(vit, "pos_embed", None) is None:
         raise ValueError(f"{name} is no plain Vision Transformer")
     return vit
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +25,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: rows.shape[0]] = rows
         parts = [torch.empty_like(padded) for _ in counts]
@@ -32,7 +34,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad.split(list(ctx.counts))[dist.get_rank()], None

@@ -1,12 +1,13 @@
 """Which patches are kept.
 
-Every random choice is named by a :class:`DrawKey` (seed, step, position of the sample in the global batch) and drawn from a
-counter-based generator, so the outcome does not depend on how a batch is split over processes or on what was drawn before.
+Every random choice is named by a :class:`DrawKey` (seed, step, position of the sample in the global batch) and drawn
+from a counter-based generator, so the outcome does not depend on how a batch is split over processes or on what was
+drawn before.
 
-Multi-ratio masking (AVSiam, section "Multi-Ratio Random Masking"): the instances of a batch are masked at different ratios
-from a fixed list. Samples are dealt to ratios within fixed blocks of consecutive positions, one block per length of the
-list, and each block uses every ratio once for audio and once for visual. Only *which* instance gets which pair of ratios is
-random, so the number of kept tokens is the same at every step.
+Multi-ratio masking (AVSiam, section "Multi-Ratio Random Masking"): the instances of a batch are masked at different
+ratios from a fixed list. Samples are dealt to ratios within fixed blocks of consecutive positions, one block per
+length of the list, and each block uses every ratio once for audio and once for visual. Only *which* instance gets
+which pair of ratios is random, so the number of kept tokens is the same at every step.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class DrawKey:
     Args:
         seed: of the run, a non-negative integer below 2^64.
         step: counter of forward passes.
-        positions: of the local samples in the global batch, each in ``0 .. total - 1``. A sample that was skipped leaves a
+        positions: of the local samples in the global batch, each in ``0 .. total - 1``. A sample that was skipped
+        leaves a
             hole.
         total: planned size of the global batch.
     """
@@ -103,7 +105,8 @@ def keep_patches(
         grid: (rows, columns) of patches; for a spectrogram (frequency, time). Patch ids are row-major.
         ratio: share of masked patches.
         generator: source of randomness.
-        structure: ``"time"`` masks whole columns first, ``"frequency"`` whole rows, ``"time_frequency"`` both at 0.7 of the
+        structure: ``"time"`` masks whole columns first, ``"frequency"`` whole rows, ``"time_frequency"`` both at 0.7
+        of the
             ratio each, as the released CAV-MAE and AVSiam do; single patches make up the exact number.
 
     Returns:
@@ -158,7 +161,9 @@ class Kept:
         """Every patch of every instance."""
         ids = torch.arange(num_patches, device=device).repeat(batch_size)
         rows = torch.arange(batch_size, device=device)
-        return cls(ids, rows.repeat_interleave(num_patches), rows, (num_patches,) * batch_size, tuple(range(batch_size)))
+        return cls(
+            ids, rows.repeat_interleave(num_patches), rows, (num_patches,) * batch_size, tuple(range(batch_size))
+        )
 
     def __len__(self) -> int:
         """Number of instances B."""

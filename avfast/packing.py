@@ -1,8 +1,8 @@
 """Ragged token sequences as one (T, D) tensor.
 
 Masking at several ratios gives sequences of different lengths. They are stored one after another, without padding, as
-FlashAttention's variable-length functions do, and the lengths are also known on the host, so that nothing has to ask the
-device for a shape.
+FlashAttention's variable-length functions do, and the lengths are also known on the host, so that nothing has to ask
+the device for a shape.
 """
 
 from __future__ import annotations

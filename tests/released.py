@@ -1,4 +1,4 @@
-"""Synthetic weights and inputs of the parity fixtures: everything follows from a name (tests/fixtures/*/manifest.json)."""
+"""Synthetic weights and inputs of the parity fixtures: all follow from names (tests/fixtures/*/manifest.json)."""
 
 import json
 import zlib
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from helpers import assert_close
 
 FOLDER = Path(__file__).parent / "fixtures"
@@ -81,7 +80,11 @@ class Released:
         want = torch.from_numpy(self.expected[f"{prefix}::{key}::slice"])
         got = grad.detach().double()[
             tuple(
-                slice(None, None, int(part.split("::")[1])) if "::" in part else slice(None) if part == ":" else int(part)
+                slice(None, None, int(part.split("::")[1]))
+                if "::" in part
+                else slice(None)
+                if part == ":"
+                else int(part)
                 for part in index.replace(" ", "").split(",")
             )
         ]

@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from released import Released
 
-from avfast import AVSiam, create_model
+from avfast import AVSiam, PackedTokens, create_model, list_models
 from avfast.masking import DrawKey
 from avfast.models import Draws
 from avfast.models.__main__ import COUNTED, PAPER, count_parameters
@@ -113,3 +115,217 @@ def test_contrastive_pass_equals_the_released_one(released, pretrain_state):
         features = model.encode(audio, image, audio_keep=keep["audio"], visual_keep=keep["visual"])
     released.check("cl_pooled_audio", features.audio.mean(), tol)
     released.check("cl_pooled_visual", features.visual.mean(), tol)
+
+
+SMALL = {
+    "img_size": 32, "patch_size": 8, "audio_size": (40, 16), "embed_dim": 32, "depth": 2, "num_heads": 2,
+    "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2,
+}  # fmt: skip
+
+
+def small(**settings) -> AVSiam:
+    torch.manual_seed(0)
+    return AVSiam(**{**SMALL, **settings}).double()
+
+
+def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(size, 40, 16, dtype=torch.float64), torch.randn(size, 3, 32, 32, dtype=torch.float64)
+
+
+def gradients(model: AVSiam) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_parameter_counts_are_within_1_5_percent_of_the_papers(name):
+    counts = count_parameters(name)
+    assert abs(sum(counts[part] for part in COUNTED) / (PAPER[name] * 1e6) - 1) < 0.015
+
+
+@pytest.mark.parametrize("name", list_models("*_tiny"))
+def test_tiny_presets_take_a_step(name):
+    model = create_model(name)
+    out = model(torch.randn(3, *model.audio_size), torch.randn(3, 3, model.img_size, model.img_size))
+    out.loss.backward()
+    assert torch.isfinite(out.loss) and out.reconstruction["audio"].shape == (3, model.patch_embed_a.num_patches, 256)
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean avsiam_base"):
+        create_model("avsiam_bas")
+
+
+def test_the_same_generator_or_key_gives_the_same_draw():
+    model = small()
+    draws = [model.draw(6, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(draws[0].audio_keep.ids, draws[1].audio_keep.ids)
+    key = DrawKey(1, 2, range(6), 6)
+    assert torch.equal(model.draw(6, key=key).visual_keep.ids, model.draw(6, key=key).visual_keep.ids)
+    assert not torch.equal(model.draw(6, key=DrawKey(1, 3, range(6), 6)).visual_keep.ids, draws[0].visual_keep.ids)
+
+
+def test_draws_do_not_depend_on_the_split_over_processes():
+    model = small()
+    whole = model.draw(12, key=DrawKey(0, 7, range(12), 12))
+    halves = [model.draw(6, key=DrawKey(0, 7, part, 12)) for part in (range(6), range(6, 12))]
+    for name in ("audio_keep", "visual_keep"):
+        parts = [ids for half in halves for ids in getattr(half, name).to_list()]
+        for a, b in zip(getattr(whole, name).to_list(), parts, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_multi_ratio_steps_have_static_shapes():
+    model = small()
+    steps = [model.draw(12, key=DrawKey(0, step, range(12), 12)) for step in range(10)]
+    assert len({(d.audio_keep.lengths, d.visual_keep.lengths) for d in steps}) == 1
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.data())
+def test_a_packed_pass_equals_instances_one_by_one(data):
+    model = small(temperature=1.0).eval()
+    audio, visual = batch(3)
+    keep_a = [torch.randperm(10)[: data.draw(st.integers(1, 10))] for _ in range(3)]
+    keep_v = [torch.randperm(16)[: data.draw(st.integers(1, 16))] for _ in range(3)]
+    together = model(audio, visual, Draws(keep_a, keep_v))
+    features = model.encode(audio, visual, audio_keep=keep_a, visual_keep=keep_v)
+    for i in range(3):
+        alone = model(audio[i : i + 1], visual[i : i + 1], Draws(keep_a[i : i + 1], keep_v[i : i + 1]))
+        for name, patches in alone.reconstruction.items():
+            assert_close(name, together.reconstruction[name][i : i + 1], patches, 1e-12)
+        one = model.encode(audio[i : i + 1], visual[i : i + 1], audio_keep=[keep_a[i]], visual_keep=[keep_v[i]])
+        for name in ("audio", "visual", "fused"):
+            whole = getattr(features, name)
+            got = whole.to_list()[i] if isinstance(whole, PackedTokens) else whole[i]
+            assert_close(name, got, getattr(one, name)[0], 1e-12)
+
+
+def test_an_instance_with_nothing_masked_adds_nothing_to_the_reconstruction():
+    model = small()
+    audio, visual = batch(2)
+    masked_a, masked_v = torch.arange(5), torch.arange(8)
+    full = Draws([masked_a, torch.arange(10)], [masked_v, torch.arange(16)])
+    alone = Draws([masked_a], [masked_v])
+    both, one = model(audio, visual, full), model(audio[:1], visual[:1], alone)
+    for name in ("reconstruction_audio", "reconstruction_visual"):
+        assert_close(name, both.losses[name], one.losses[name], 1e-12)
+
+
+def test_the_stop_gradient_keeps_the_reconstruction_out_of_the_encoder():
+    audio, visual = batch(6)
+    for stop in (True, False):
+        model = small(contrastive_weight=0.0, stop_gradient=stop)
+        model(audio, visual).loss.backward()
+        trained = {name for name, grad in gradients(model).items() if grad.abs().sum() > 0}
+        assert any(name.startswith("fusion") for name in trained)
+        assert any(name.startswith(("encoder", "patch_embed")) for name in trained) is not stop
+        assert model.has_unused_parameters
+
+
+def test_the_joint_objective_trains_every_parameter():
+    model = small()
+    model(*batch(6)).loss.backward()
+    assert not model.has_unused_parameters
+    assert set(gradients(model)) == {name for name, _ in model.named_parameters()}
+
+
+def test_released_branches_split_the_parameters():
+    model = small(objective="released")
+    assert model.branches == ("contrastive", "reconstruction") and model.has_unused_parameters
+    audio, visual = batch(5)
+    first = model.draw(5, branch="contrastive")
+    model(audio, visual, first).loss.backward()
+    assert not any(name.startswith(("fusion", "decoder")) for name in gradients(model))
+    second = model.draw(5, branch="reconstruction")
+    assert set(second.audio_keep.lengths) == {2} and set(second.visual_keep.lengths) == {4}
+    model.zero_grad(set_to_none=True)
+    model(audio, visual, second).loss.backward()
+    assert all(name.startswith(("fusion", "decoder")) for name in gradients(model))
+
+
+def test_a_missing_modality_counts_in_no_loss_of_its_own():
+    model = small()
+    audio, visual = batch(4)
+    draws = model.draw(4, key=DrawKey(0, 0, range(4), 4), has_audio=[True, False, True, True])
+    assert 0 in draws.audio_keep.lengths
+    changed = audio.clone()
+    changed[1] = 1e3
+    outs = [model(a, visual, draws) for a in (audio, changed)]
+    for name, value in outs[0].losses.items():
+        assert torch.equal(value, outs[1].losses[name]), name
+    pairs = [0, 2, 3]
+    keep = [draws.audio_keep.to_list(), draws.visual_keep.to_list()]
+    three = model(audio[pairs], visual[pairs], Draws([keep[0][i] for i in pairs], [keep[1][i] for i in pairs]))
+    assert_close("contrastive", outs[0].losses["contrastive"], three.losses["contrastive"], 1e-12)
+
+
+@pytest.mark.parametrize("given", ["audio", "visual", "nothing"])
+def test_a_batch_without_a_modality_still_touches_every_parameter(given):
+    model = small()
+    audio, visual = batch(0 if given == "nothing" else 3)
+    out = model(audio if given != "visual" else None, visual if given != "audio" else None)
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+    assert set(gradients(model)) == {name for name, _ in model.named_parameters()}
+    assert all(torch.isfinite(grad).all() for grad in gradients(model).values())
+
+
+def test_activation_checkpointing_changes_nothing():
+    audio, visual = batch(4)
+    results = []
+    for enable in (False, True):
+        model = small()
+        model.set_grad_checkpointing(enable)
+        out = model(audio, visual, model.draw(4, key=DrawKey(0, 0, range(4), 4)))
+        out.loss.backward()
+        results.append((out.loss, gradients(model)))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, grad in results[0][1].items():
+        assert torch.equal(grad, results[1][1][name]), name
+
+
+def test_shared_norms_and_separate_encoders_are_settings():
+    names = {name for name, _ in small(shared_norms=True).named_parameters()}
+    assert not any(p.ndim == 2 for n, p in small(shared_norms=True).named_parameters() if "norm" in n)
+    avsep = small(shared=False)
+    assert {name for name, _ in avsep.named_parameters()} - names
+    assert sum(p.numel() for p in avsep.encoder_a.parameters()) == sum(p.numel() for p in avsep.encoder.parameters())
+    avsep(*batch(3)).loss.backward()
+    assert set(gradients(avsep)) == {name for name, _ in avsep.named_parameters()}
+
+
+def test_classification_takes_either_modality_both_and_several_frames():
+    model = small(num_classes=7, decoder_depth=0).eval()
+    audio, visual = batch(2)
+    assert model.classify(audio).shape == model.classify(None, visual).shape == (2, 7)
+    frames = torch.stack([visual, visual.flip(0)], 1)
+    logits = model.classify(audio, frames)
+    assert logits.shape == (2, 2, 7) and model.classify(None, frames).shape == (2, 2, 7)
+    assert_close("second frame", logits[:, 1], model.classify(audio, visual.flip(0)), 1e-12)
+    with pytest.raises(RuntimeError, match="num_classes"):
+        small().classify(audio)
+    with pytest.raises(RuntimeError, match="without a decoder"):
+        model(audio, visual)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda m, a, v: m(a[:, :30], v), ValueError, r"audio must be \(B, 40, 16\), got \(3, 30, 16\)"),
+        (lambda m, a, v: m(a, v[..., :16]), ValueError, r"visual must be \(B, 3, 32, 32\)"),
+        (lambda m, a, v: m(a[:2], v), ValueError, "batches of 2 and 3"),
+        (lambda m, a, v: m(a, v.to(torch.uint8)), ValueError, "floating point"),
+        (lambda m, a, v: m.encode(), ValueError, "give audio, visual or both"),
+        (lambda m, a, v: m(a, v, Draws([torch.arange(2)])), ValueError, "audio_keep holds 1 instances"),
+        (lambda m, a, v: m.draw(3, branch="sideways"), ValueError, "branch must be one of joint"),
+        (lambda m, a, v: m.draw(3, key=DrawKey(0, 0, range(2), 2)), ValueError, "2 positions for a batch of 3"),
+        (lambda m, a, v: small(objective="both"), ValueError, "objective must be"),
+        (lambda m, a, v: small(mask_ratios=(1.0,)), ValueError, r"\[0, 1\)"),
+        (lambda m, a, v: small(mask_ratios=()), ValueError, "at least one ratio"),
+        (lambda m, a, v: small(num_heads=5), ValueError, "not a multiple of num_heads"),
+        (lambda m, a, v: small(patch_size=64), ValueError, "holds no patch"),
+    ],
+)
+def test_errors_name_what_was_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call(small(), *batch(3))

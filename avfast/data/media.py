@@ -30,6 +30,7 @@ MEDIA_EXTENSIONS = VIDEO_EXTENSIONS | AUDIO_EXTENSIONS
 _SEEK_FROM = 1.0  # seconds: nearer to the start, decoding from the beginning is cheaper than it is risky to seek
 _PREROLL = 0.25  # seconds decoded ahead of a window, for codecs whose frames lean on earlier ones
 _GAP = 0.05  # seconds by which timestamps may stray from the sample count before silence is put in
+_LONGEST_HOLE = 3600.0  # seconds of silence put in, before the timestamps must be wrong
 _NOTHING = np.zeros(0, dtype=np.float32)
 _ROUNDING = 1e-3  # seconds: Matroska stores times in milliseconds
 
@@ -128,6 +129,8 @@ class MediaFile:
         end = max((at + len(piece) for at, piece in pieces), default=0) - first
         if seconds is not None:
             end = min(end, round(seconds * sample_rate))
+        if end - sum(len(piece) for _, piece in pieces) > _LONGEST_HOLE * sample_rate:
+            raise MediaError(self.path, "its sound has a hole of more than an hour (damaged timestamps)")
         out = np.zeros(max(end, 0), dtype=np.float32)
         for at, piece in pieces:
             lo, hi = max(at - first, 0), min(at - first + len(piece), len(out))
@@ -283,6 +286,8 @@ class MediaFile:
         self, sample_rate: int, start: float, seconds: float | None, *, seek: bool
     ) -> list[tuple[int, np.ndarray]] | None:
         """(position in output samples, mono samples) of each unbroken stretch; None if seeking overshot."""
+        import av
+
         if seek:
             self._seek("audio", start - _PREROLL)
         else:
@@ -311,10 +316,14 @@ class MediaFile:
                 return None
             if problems or _promises_data(self._audio):
                 raise MediaError(self.path, f"its sound does not decode ({problems[0] if problems else 'no data'})")
-        return [
-            (round(time * sample_rate), _resample(np.concatenate([_NOTHING, *chunks]), rate, sample_rate))
-            for time, rate, chunks in stretches
-        ]
+        try:
+            return [
+                (round(time * sample_rate), _resample(np.concatenate([_NOTHING, *chunks]), rate, sample_rate))
+                for time, rate, chunks in stretches
+            ]
+        except (av.FFmpegError, ValueError) as error:
+            rate = stretches[-1][1]
+            raise MediaError(self.path, f"its sound of {rate} Hz does not resample ({_reason(error)})") from None
 
     def _shown(self, targets: Sequence[float], *, seek: bool) -> list[Any] | None:
         """The frame for each of the ascending targets; None if seeking overshot the first."""

@@ -36,7 +36,11 @@ def count_parameters(name: str) -> Counter[str]:
 
 def main() -> None:
     """Print the table."""
-    print(f"{'model':14}" + "".join(f"{part:>13}" for part in PARTS) + f"{'total':>13}{'counted':>13}{'paper':>8}{'ratio':>8}")
+    print(
+        f"{'model':14}"
+        + "".join(f"{part:>13}" for part in PARTS)
+        + f"{'total':>13}{'counted':>13}{'paper':>8}{'ratio':>8}"
+    )
     for name in list_models():
         counts = count_parameters(name)
         counted = sum(counts[part] for part in COUNTED)

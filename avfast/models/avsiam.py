@@ -3,8 +3,8 @@
 Lin and Bertasius, Siamese Vision Transformers are Scalable Audio-visual Learners, ECCV 2024.
 
 Both modalities are patched, embedded and sent through the same transformer in one packed pass over the patches that
-multi-ratio masking keeps. The mean tokens of a pair are contrasted; two fusion layers over [audio; visual] and a decoder
-reconstruct the masked patches.
+multi-ratio masking keeps. The mean tokens of a pair are contrasted; two fusion layers over [audio; visual] and a
+decoder reconstruct the masked patches.
 
 Where paper and released code disagree, the default is the paper's and a keyword gives the released behaviour:
 
@@ -12,14 +12,16 @@ Where paper and released code disagree, the default is the paper's and a keyword
 keyword                   default (paper)                             released code
 ========================  ==========================================  ==================================================
 objective                 "joint": one pass serves both losses        "released": two passes, two Adam steps per batch
-mask_ratios               0 ... 0.5, both losses                      Base 0, .2, .4, .6, .8, Large 0 ... .7 (contrastive);
+mask_ratios               0 ... 0.5, both losses                      Base 0, .2, .4, .6, .8, Large 0 ... .7
+(contrastive);
                                                                       0.75 (reconstruction)
 audio_structure           "unstructured"                              "time_frequency" in the contrastive pass
 shared_norms              False: every published number used a        False
                           LayerNorm set per modality
 norm_pix                  True ("the same loss as CAV-MAE")           False (the setting is ignored)
 stop_gradient             True (supplement, section 1)                Large yes, Base no
-separate_mae_audio        False                                       Base: audio of the reconstruction pass runs through
+separate_mae_audio        False                                       Base: audio of the reconstruction pass runs
+through
                                                                       a copy of the encoder that is thrown away later
 double_embedding          False                                       True: tokens enter as 2 * (patch + position)
 eps, norm_eps             1e-6, 1e-6 (timm)                           1e-5 in blocks and heads, 1e-6 in the final norm
@@ -38,14 +40,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfast import checkpoints
-from avfast.masking import DrawKey, Kept, Structure, check_ratio
+from avfast.masking import Kept, Structure, check_ratio
 from avfast.models.base import AudioVisualMAE, init_weights
 from avfast.nn import JointDecoder, PackedBlock, sincos_2d
 from avfast.nn.block import apply_norm, layer_norm
@@ -55,7 +57,9 @@ from avfast.packing import PackedTokens
 class Encoder(nn.Module):
     """Transformer blocks and their final norm, for one or both modalities."""
 
-    def __init__(self, dim: int, depth: int, num_heads: int, mlp_ratio: float, norm_sets: int, eps: float, norm_eps: float):
+    def __init__(
+        self, dim: int, depth: int, num_heads: int, mlp_ratio: float, norm_sets: int, eps: float, norm_eps: float
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(
             PackedBlock(dim, num_heads, mlp_ratio, norm_sets=norm_sets, eps=eps) for _ in range(depth)
@@ -238,8 +242,8 @@ class AVSiam(AudioVisualMAE):
             visual: ``(B, 3, H, W)``, or ``(B, F, 3, H, W)``: audio is encoded once and fused with each frame.
 
         Returns:
-            ``(B, num_classes)``, or ``(B, F, num_classes)`` for several frames. The papers average the sigmoid (AudioSet)
-            or softmax (VGGSound) of the frames.
+            ``(B, num_classes)``, or ``(B, F, num_classes)`` for several frames. The papers average the sigmoid
+            (AudioSet) or softmax (VGGSound) of the frames.
 
         Raises:
             RuntimeError: if the model was built without ``num_classes``.
@@ -249,17 +253,16 @@ class AVSiam(AudioVisualMAE):
         frames = visual.shape[1] if visual is not None and visual.ndim == 5 else None
         if visual is not None and frames is not None:
             visual = visual.flatten(0, 1)
-        if visual is None:
-            features = self.encode(audio)
-            return self.head_a(features.audio.mean(1))
-        if audio is None:
-            features = self.encode(None, visual)
-            logits = self.head_v(features.visual.mean(1))
+        a = None if audio is None else cast(Tensor, self.encode(audio).audio)
+        v = None if visual is None else cast(Tensor, self.encode(None, visual).visual)
+        if v is None:
+            return self.head_a(a.mean(1))
+        if a is None:
+            logits = self.head_v(v.mean(1))
         else:
-            a, v = self.encode(audio).audio, self.encode(None, visual).visual
-            a = a.repeat_interleave(len(v) // max(len(a), 1), 0)
-            if len(a) != len(v):
-                raise ValueError(f"audio and visual must pair up, got batches of {len(audio)} and {len(v)}")
+            if len(a) * (frames or 1) != len(v):
+                raise ValueError(f"audio and visual must pair up, got {len(a)} spectrograms and {len(v)} frames")
+            a = a.repeat_interleave(frames or 1, 0)
             joined = PackedTokens(torch.cat([a, v], 1).flatten(0, 1), (a.shape[1] + v.shape[1],) * len(a))
             fused = self.fuse(joined).unflatten(0, (len(a), -1))
             parts = [fused[:, : a.shape[1]].mean(1), fused[:, a.shape[1] :].mean(1)]
@@ -267,11 +270,13 @@ class AVSiam(AudioVisualMAE):
         return logits if frames is None else logits.unflatten(0, (-1, frames))
 
     @classmethod
-    def from_timm(cls, name: str = "vit_base_patch16_224.augreg_in21k", *, pretrained: bool = True, **settings: Any) -> AVSiam:
+    def from_timm(
+        cls, name: str = "vit_base_patch16_224.augreg_in21k", *, pretrained: bool = True, **settings: Any
+    ) -> AVSiam:
         """Start from a timm Vision Transformer.
 
-        The audio kernel is the mean of the RGB kernel and audio positions are the visual ones, nearest-interpolated as a
-        flat sequence (released code); both modalities' norms and the fusion layers start from the transformer's.
+        The audio kernel is the mean of the RGB kernel and audio positions are the visual ones, nearest-interpolated
+        as a flat sequence (released code); both modalities' norms and the fusion layers start from the transformer's.
 
         Args:
             name: timm model name.
@@ -307,7 +312,8 @@ class AVSiam(AudioVisualMAE):
         for target in (self.encoder, self.encoder_a):
             if target is not None:
                 own = target.state_dict()
-                target.load_state_dict({k: v.expand_as(own[k]) if k in own else v for k, v in encoder.items()})
+                weights = {k: v.expand_as(own[k]) if k in own else v for k, v in encoder.items()}
+                checkpoints.load_into(target, weights)
         self.copy_fusion()
 
     @classmethod

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from avfast.masking import STRUCTURES, DrawKey, Kept, Structure, assign_ratios, check_ratio, keep_patches
 from avfast.nn import JointDecoder, PackedBlock, PatchEmbed, patchify, run_blocks, unpatchify
 from avfast.ops import AttentionPlan, info_nce, masked_patch_mse
+from avfast.ops.info_nce import InfoNCE
 from avfast.ops.masked_patch_mse import normalise_patches
 from avfast.packing import PackedTokens
 
@@ -27,7 +28,8 @@ class Draws:
     """The random choices of one forward pass; what is None is drawn.
 
     Args:
-        audio_keep: kept audio patch ids: ``(B, K)``, one 1-D int64 tensor per instance, or :class:`~avfast.masking.Kept`.
+        audio_keep: kept audio patch ids: ``(B, K)``, one 1-D int64 tensor per instance, or
+        :class:`~avfast.masking.Kept`.
         visual_keep: likewise.
         branch: which of the model's ``branches`` to compute.
         has_audio: per instance, whether it has this modality. Without it no patch is kept and no loss counts it.
@@ -254,9 +256,7 @@ class AudioVisualMAE(nn.Module):
         """``draws`` with what is missing drawn, checked against this model."""
         draws = Draws() if draws is None else draws
         if draws.audio_keep is None or draws.visual_keep is None or draws.branch is None:
-            drawn = self.draw(
-                batch_size, branch=draws.branch, has_audio=draws.has_audio, has_visual=draws.has_visual
-            )
+            drawn = self.draw(batch_size, branch=draws.branch, has_audio=draws.has_audio, has_visual=draws.has_visual)
             draws = replace(
                 draws,
                 audio_keep=drawn.audio_keep if draws.audio_keep is None else draws.audio_keep,
@@ -309,7 +309,7 @@ class AudioVisualMAE(nn.Module):
                 loss = loss + self.reconstruction_weight * term
         return Output(loss, losses, reconstruction, accuracy)
 
-    def contrast(self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept):
+    def contrast(self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept) -> InfoNCE:
         """InfoNCE over the instances that have both modalities."""
         tokens_a, tokens_v = self.contrasted(a, v)
         pooled_a, pooled_v = tokens_a.mean()[kept_a.inverse], tokens_v.mean()[kept_v.inverse]
@@ -371,8 +371,8 @@ class AudioVisualMAE(nn.Module):
             visual_keep: likewise.
 
         Returns:
-            ``audio`` ``(B, Na, D)``, ``visual`` ``(B, Nv, D)`` and, with both, ``fused`` ``(B, Na + Nv, D)`` in the order
-            [audio; visual]; PackedTokens in batch order where the kept patches differ in number.
+            ``audio`` ``(B, Na, D)``, ``visual`` ``(B, Nv, D)`` and, with both, ``fused`` ``(B, Na + Nv, D)`` in the
+            order [audio; visual]; PackedTokens in batch order where the kept patches differ in number.
         """
         given_a, given_v = audio is not None, visual is not None
         spectrogram, frames = self.inputs(audio, visual)
@@ -424,7 +424,7 @@ class AudioVisualMAE(nn.Module):
         return unpatchify(patches, self.patch_embed.grid_size, self.patch_embed.patch_size)
 
     def reconstruction_to_input(self, modality: str, patches: Tensor, inputs: Tensor) -> Tensor:
-        """Predicted ``(B, N, P)`` patches as an input of this modality; undoes ``norm_pix`` with the true statistics."""
+        """Predicted ``(B, N, P)`` patches as an input; undoes ``norm_pix`` with the true statistics."""
         audio = modality == "audio"
         if self.norm_pix:
             _, mean, deviation = normalise_patches((self.patchify_audio if audio else self.patchify_visual)(inputs))

@@ -130,31 +130,29 @@ class CAVMAE(AudioVisualMAE):
         v = self.run_blocks(self.blocks_v, v + self.modality_v[0], kept_v.lengths)
         return PackedTokens(a, kept_a.lengths), PackedTokens(v, kept_v.lengths)
 
-    def joint_layer(self, *parts: PackedTokens | None) -> list[PackedTokens | None]:
-        """One packed pass over up to three parts, with the joint, the audio and the visual norms in this order."""
+    def joint_layer(self, *parts: PackedTokens | None) -> list[PackedTokens]:
+        """One packed pass over those of three parts that are given, under the joint, the audio and the visual norms."""
         given = [part for part in parts if part is not None]
         sizes = [0 if part is None else part.values.shape[0] for part in parts]
         packed = PackedTokens.cat(given)
         out = self.norm(self.run_blocks(self.blocks_u, packed.values, packed.lengths, sizes), sizes)
-        results = iter(PackedTokens(out, packed.lengths).split([len(part) for part in given]))
-        return [None if part is None else next(results) for part in parts]
+        return PackedTokens(out, packed.lengths).split([len(part) for part in given])
 
     def contrasted(self, audio: PackedTokens, visual: PackedTokens) -> tuple[PackedTokens, PackedTokens]:
-        _, a, v = self.joint_layer(None, audio, visual)
+        a, v = self.joint_layer(None, audio, visual)
         return a, v
 
     def fuse(self, joined: PackedTokens) -> Tensor:
         return self.joint_layer(joined, None, None)[0].values
 
-    def classify(
-        self, audio: Tensor | None = None, visual: Tensor | None = None, *, missing: bool = False
-    ) -> Tensor:
+    def classify(self, audio: Tensor | None = None, visual: Tensor | None = None, *, missing: bool = False) -> Tensor:
         """Class logits.
 
         Args:
             audio: ``(B, frames, mels)`` or None.
             visual: ``(B, 3, H, W)``, ``(B, F, 3, H, W)`` for several frames, or None.
-            missing: for a model fine-tuned on both modalities and tested on one: average the joint layer's features under
+            missing: for a model fine-tuned on both modalities and tested on one: average the joint layer's features
+            under
                 the joint and the modality's own norms (released modes ``missingaudioonly`` and ``missingvideoonly``).
 
         Returns:
@@ -180,8 +178,7 @@ class CAVMAE(AudioVisualMAE):
         else:
             own = a if audio is not None else v
             parts = self.joint_layer(own if missing else None, *((a, None) if own is a else (None, v)))
-            means = [part.mean() for part in parts if part is not None]
-            pooled = torch.stack(means).mean(0)
+            pooled = torch.stack([part.mean() for part in parts]).mean(0)
         logits = self.head(pooled)
         return logits if frames is None else logits.unflatten(0, (-1, frames))
 

@@ -28,13 +28,13 @@ class PackedAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         """``(T, D) -> (T, D)``; the plan holds the sequence lengths."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
         return self.proj(packed_attention(q, k, v, plan=plan).flatten(1))
 
 
@@ -100,7 +100,7 @@ def apply_norm(norm: nn.Module, x: Tensor, sizes: Sequence[int]) -> Tensor:
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, plan: AttentionPlan, sizes: Sequence[int] = (), recompute: bool = False
 ) -> Tensor:
-    """Packed tokens ``(T, D)`` through blocks; with ``recompute`` their activations are not kept for the backward pass."""
+    """Packed tokens ``(T, D)`` through blocks; with ``recompute`` activations are not kept for the backward."""
     for block in blocks:
         if recompute and torch.is_grad_enabled():
             x = checkpoint(block, x, plan, sizes, use_reentrant=False)

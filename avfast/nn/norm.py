@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class SplitLayerNorm(nn.Module):
     """LayerNorm over the last dimension whose scale and shift depend on the row.
 
-    Rows come in ``sets`` consecutive groups, for example all audio tokens of a batch and then all visual tokens, and every
-    group has its own affine parameters. One static split replaces a mask or an index per token.
+    Rows come in ``sets`` consecutive groups, for example all audio tokens of a batch and then all visual tokens, and
+    every group has its own affine parameters. One static split replaces a mask or an index per token.
 
     Args:
         dim: D.

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """``(B, C, H, W)`` to ``(B, N, P)`` patches, row-major; the P = p * p * C values of a patch run (row, column, channel).
+    """``(B, C, H, W)`` to ``(B, N, P)`` patches, row-major; the P = p * p * C values of a patch run (row, column,
+    channel).
 
     Rows and columns beyond a multiple of ``patch_size`` are dropped.
     """
@@ -20,7 +21,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Undo :func:`patchify`: ``(B, N, P)`` to ``(B, C, rows * p, columns * p)``."""
     p = patch_size
-    split = patches.unflatten(1, grid).unflatten(3, (p, p, -1))
+    split = patches.unflatten(1, grid).unflatten(3, (p, p, patches.shape[2] // p**2))
     return split.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
@@ -57,11 +58,12 @@ class PatchEmbed(nn.Module):
         """
         if images.shape[-2:] != self.img_size or images.shape[1] != self.proj.in_channels:
             raise ValueError(
-                f"expected (B, {self.proj.in_channels}, {self.img_size[0]}, {self.img_size[1]}), got {tuple(images.shape)}"
+                f"expected (B, {self.proj.in_channels}, {self.img_size[0]}, {self.img_size[1]}), "
+                f"got {tuple(images.shape)}"
             )
         p, (height, width) = self.patch_size, self.grid_size
         cut = images[..., : height * p, : width * p].unflatten(2, (height, p)).unflatten(4, (width, p))
-        patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0] * self.num_patches, -1)
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
         if rows is not None:
             patches = patches.index_select(0, rows)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)

@@ -9,8 +9,8 @@ from torch import Tensor
 def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
     """Fixed sine-cosine positions of a grid, ``(rows * columns, dim)`` float32, row-major.
 
-    The first half of the channels encodes the column, the second the row; within each half sines come before cosines, at
-    frequencies 10000^(-2 i / (dim / 2)) (He et al., Masked Autoencoders, released code).
+    The first half of the channels encodes the column, the second the row; within each half sines come before cosines,
+    at frequencies 10000^(-2 i / (dim / 2)) (He et al., Masked Autoencoders, released code).
     """
     if dim % 4:
         raise ValueError(f"dim must be a multiple of 4, got {dim}")

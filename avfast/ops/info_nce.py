@@ -29,7 +29,8 @@ def info_nce(audio: Tensor, visual: Tensor, temperature: float = 0.05, direction
     """InfoNCE over the pairs of all processes.
 
     Args:
-        audio: ``(n, D)`` features of this process's pairs, normalised here. n may differ between processes and may be 0.
+        audio: ``(n, D)`` features of this process's pairs, normalised here. n may differ between processes and may be
+        0.
         visual: ``(n, D)``, row i belongs to row i of ``audio``.
         temperature: t.
         direction: ``"both"`` averages the two directions.

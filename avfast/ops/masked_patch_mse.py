@@ -2,8 +2,8 @@
 
 For predicted patches x^ and target patches x of P values each, over the masked patches of the batch:
   sum over masked patches of mean_p (x^_p - x_p)^2  /  number of masked patches
-(He et al., Masked Autoencoders, section 3). With ``norm_pix`` the target is (x - mean) / sqrt(var + 1e-6) per patch, var
-unbiased.
+(He et al., Masked Autoencoders, section 3). With ``norm_pix`` the target is (x - mean) / sqrt(var + 1e-6) per patch,
+var unbiased.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def masked_patch_mse(prediction: Tensor, patches: Tensor, mask: Tensor, *, norm_
     """
     if prediction.shape != patches.shape or mask.shape != patches.shape[:2]:
         raise ValueError(
-            f"prediction {tuple(prediction.shape)}, patches {tuple(patches.shape)} and mask {tuple(mask.shape)} do not fit"
+            f"prediction {tuple(prediction.shape)}, patches {tuple(patches.shape)} and mask {tuple(mask.shape)} "
+            "do not fit"
         )
     target = normalise_patches(patches)[0] if norm_pix else patches
     error = (prediction.to(target.dtype) - target).square().mean(-1)

@@ -1,8 +1,9 @@
 """Attention within each sequence of a packed batch.
 
 For every sequence s with queries Q_s, keys K_s and values V_s:  O_s = softmax(scale Q_s K_s^T) V_s. No sequence sees
-another, nothing is causal, no padding is computed. The eager reference makes one ``scaled_dot_product_attention`` call per
-run of consecutive sequences of equal length, so a batch packed in order of length takes as many calls as it has lengths.
+another, nothing is causal, no padding is computed. The eager reference makes one ``scaled_dot_product_attention``
+call per run of consecutive sequences of equal length, so a batch packed in order of length takes as many calls as it
+has lengths.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def packed_attention(
         if length_q == 0 or length_k == 0:
             parts.append(torch.zeros_like(qs))
             continue
-        heads = [x.unflatten(0, (count, n)).transpose(1, 2) for x, n in ((qs, length_q), (ks, length_k), (vs, length_k))]
+        heads = [
+            x.unflatten(0, (count, n)).transpose(1, 2) for x, n in ((qs, length_q), (ks, length_k), (vs, length_k))
+        ]
         out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     # The empty slices keep q, k and v in the graph of a process whose batch holds no sequence.

@@ -31,11 +31,11 @@ def _triangle(u: Array, v: Array) -> Array:
 
 def _cross(u: Array, v: Array) -> Array:
     u, v = np.abs(u), np.abs(v)
-    return np.maximum(np.maximum(u, v) - 0.95, np.minimum(u, v) - 0.3)
+    return np.maximum(np.maximum(u, v) - 0.95, np.minimum(u, v) - 0.34)
 
 
 def _flower(u: Array, v: Array) -> Array:
-    return 0.7 * (np.hypot(u, v) - 0.64 - 0.34 * np.cos(5 * np.arctan2(u, -v)))
+    return 0.7 * (np.hypot(u, v) - 0.69 - 0.28 * np.cos(5 * np.arctan2(u, -v)))
 
 
 def _hourglass(u: Array, v: Array) -> Array:
@@ -47,8 +47,8 @@ def _crescent(u: Array, v: Array) -> Array:
     return np.maximum(np.hypot(u, v) - 0.95, 0.68 - np.hypot(u - 0.5, v))
 
 
-# Textures give 0 (dark) to 1 (bright) at a point in 64ths of the frame's shorter side from the object's centre, so that
-# their grain does not depend on the object's size.
+# Textures give 0 (ink) to 1 (the object's colour) at a point in 64ths of the frame's shorter side from the object's
+# centre, so that their grain does not depend on the object's size.
 def _plain(x: Array, y: Array) -> Array:
     return np.ones_like(x + y)
 
@@ -81,15 +81,16 @@ def _dots(x: Array, y: Array) -> Array:
     return np.clip(0.4 - np.cos(1.1 * x) * np.cos(1.1 * y), 0, 1)
 
 
-LOOKS = (  # one shape and texture per instrument, in the order of INSTRUMENTS
-    (_disc, _plain),
-    (_ring, _counter_diagonals),
-    (_square, _checks),
-    (_triangle, _rows),
-    (_cross, _diagonals),
-    (_flower, _heart),
-    (_hourglass, _columns),
-    (_crescent, _dots),
+BLACK, WHITE = 0.0, 0.9
+LOOKS = (  # shape, texture, ink: one of each per instrument, in the order of INSTRUMENTS
+    (_disc, _plain, BLACK),
+    (_ring, _counter_diagonals, WHITE),
+    (_square, _checks, BLACK),
+    (_triangle, _rows, WHITE),
+    (_cross, _diagonals, BLACK),
+    (_flower, _heart, WHITE),
+    (_hourglass, _columns, BLACK),
+    (_crescent, _dots, WHITE),
 )
 
 
@@ -167,10 +168,10 @@ class Renderer:
         x = np.arange(x0, x1, dtype=np.float32) + np.float32(0.5)
         y = np.arange(y0, y1, dtype=np.float32) + np.float32(0.5)
         u, v = _local(scene, source, time, x, y)
-        shape, texture = LOOKS[source.instrument]
+        shape, texture, ink = LOOKS[source.instrument]
         cover = np.clip(0.5 - shape(u, v) * radius, 0, 1)[..., None]
         grain = texture(u * (64 * source.radius), v * (64 * source.radius))
-        shade = source.brightness * (0.45 + 0.55 * grain)[..., None] * colour(source)
+        shade = source.brightness * (ink + (0.15 + 0.85 * grain)[..., None] * (colour(source) - ink))
         shade = shade + flash(source, time) * (1 - shade)
         patch = image[y0:y1, x0:x1]
         patch += cover * (shade - patch)
@@ -197,4 +198,4 @@ def _texture(scene: Scene) -> Array:
     purple, green = np.array([0.34, 0.20, 0.38]), np.array([0.20, 0.36, 0.22])
     tint = purple + np.clip(scene.background + rng.normal(0, 0.15), 0, 1) * (green - purple)
     level = 1 + rng.uniform(-0.15, 0.15)
-    return np.clip(tint * level * (1 + 0.22 * grain[..., None]), 0, 1).astype(np.float32)
+    return np.clip(tint * level * (1 + 0.15 * grain[..., None]), 0, 1).astype(np.float32)

@@ -40,8 +40,8 @@ class Preset:
     held_out_only: bool = False  # every test clip is a held-out pair
     silent_share: float = 0.5  # clips with a silent distractor
     off_screen_share: float = 0.05  # clips whose (first) sounding source is not in the picture
-    lit: tuple[float, float] = (0.72, 1.0)  # brightness of sounding objects
-    dim: tuple[float, float] = (0.38, 0.75)  # of silent ones: they overlap a little, only flashes tell for sure
+    lit: tuple[float, float] = (0.75, 1.0)  # brightness of sounding objects
+    dim: tuple[float, float] = (0.3, 0.6)  # of silent ones; where these ranges overlap only flashes tell
     snr_db: tuple[float, float] = (5.0, 20.0)
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ LOUDNESS_DB = (-34.0, -16.0)
 VIBRATO_HZ = (2.5, 9.0)
 NOISE_SLOPE_DB = (-4.0, 4.0)  # per octave: brown to violet
 HEIGHT = (0.82, 0.18)  # centre of the object as a fraction of the frame's height, lowest pitch to highest
-RADIUS = (0.11, 0.24)  # as a fraction of the frame's shorter side, quietest to loudest
+RADIUS = (0.14, 0.28)  # as a fraction of the frame's shorter side, quietest to loudest
 SEMITONES = 12 * float(np.log2(PITCH_HZ[1] / PITCH_HZ[0]))
 
 

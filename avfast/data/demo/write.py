@@ -20,7 +20,7 @@ from typing import Any
 from .sampling import SPLITS, Preset, sample
 from .scene import Scene, class_names, read_scenes, write_scenes
 
-VERSION = 2  # raise it whenever the same arguments give other clips
+VERSION = 3  # raise it whenever the same arguments give other clips
 CLIPS = "clips"
 
 
