@@ -334,6 +334,21 @@ def test_sound_that_is_not_finite(tmp_path: Path) -> None:
     assert read_audio(path, start=0.5).isfinite().all()
 
 
+def test_headers_that_lie(tmp_path: Path, files: dict[str, Path]) -> None:
+    path = tmp_path / "rate.wav"
+    data = bytearray(files["wav"].read_bytes())
+    data[24:28] = (1_526_770_756).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(MediaError, match="1526770756 Hz does not resample"):
+        read_audio(path)
+    path = tmp_path / "hole.mkv"
+    part = tone(0.2, 16000, click=None)
+    write(path, codecs=(None, "pcm_s16le", 16000), waves_at=[(0.0, part), (100_000.0, part)])
+    with pytest.raises(MediaError, match="hole of more than an hour"):
+        read_audio(path)
+    assert len(read_audio(path, seconds=2.0)) == 32000
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_damage_never_escapes(tmp_path: Path, files: dict[str, Path], name: str) -> None:
     """Whatever the bytes, there is a result or a MediaError."""
