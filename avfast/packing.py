@@ -132,7 +132,7 @@ class PackedTokens:
             raise ValueError(f"join needs equally many sequences, got {len(self)} and {len(other)}")
         pairs = zip(self.to_list(), other.to_list(), strict=True)
         lengths = tuple(a + b for a, b in zip(self.lengths, other.lengths, strict=True))
-        return PackedTokens(torch.cat([part for pair in pairs for part in pair]), lengths)
+        return PackedTokens(torch.cat([self.values[:0], *(part for pair in pairs for part in pair)]), lengths)
 
     def unjoin(self, lengths: Sequence[int]) -> tuple[PackedTokens, PackedTokens]:
         """Undo :meth:`join`: the first ``lengths[i]`` tokens of each sequence, and the rest."""
@@ -140,7 +140,8 @@ class PackedTokens:
             raise ValueError(f"cannot take {tuple(lengths)} leading tokens from sequences of {self.lengths}")
         rest = [n - a for a, n in zip(lengths, self.lengths, strict=True)]
         parts = self.values.split([n for pair in zip(lengths, rest, strict=True) for n in pair])
-        return PackedTokens(torch.cat(parts[::2]), tuple(lengths)), PackedTokens(torch.cat(parts[1::2]), tuple(rest))
+        first, second = (torch.cat([self.values[:0], *parts[i::2]]) for i in (0, 1))
+        return PackedTokens(first, tuple(lengths)), PackedTokens(second, tuple(rest))
 
     def mean(self) -> Tensor:
         """Mean of each sequence, ``(S, ...)``; an empty sequence gives zeros."""
@@ -150,4 +151,4 @@ class PackedTokens:
             part.unflatten(0, (count, length)).mean(1) if length else part.new_zeros(count, *part.shape[1:])
             for part, (count, length) in zip(parts, groups, strict=True)
         ]
-        return torch.cat(means) if means else self.values.new_zeros(0, *self.values.shape[1:])
+        return torch.cat([self.values[:0], *means])

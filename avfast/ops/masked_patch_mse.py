@@ -16,8 +16,10 @@ from avfast.distributed import all_sum, world_size
 def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Patches ``(..., P)`` with zero mean and unit variance, and the ``(..., 1)`` mean and deviation that undo it."""
     mean = patches.mean(-1, keepdim=True)
-    deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / deviation, mean, deviation
+    centred = patches - mean
+    variance = centred.square().sum(-1, keepdim=True) / (patches.shape[-1] - 1)
+    deviation = (variance + 1e-6).sqrt()
+    return centred / deviation, mean, deviation
 
 
 def masked_patch_mse(prediction: Tensor, patches: Tensor, mask: Tensor, *, norm_pix: bool = True) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def run(config: Config) -> dict[str, Any]:
         SettingError: a setting is wrong or does not fit the checkpoint.
         RunError: too many bad files, or a loss that is not finite.
     """
-    device = parallel.start(config.device)
     seed_everything(config)
+    device = parallel.start(config.device)
     out = run_folder(config)
     resumed = resume_point(config, out)
     train, held_out = data.sources(config)
@@ -48,7 +49,7 @@ def run(config: Config) -> dict[str, Any]:
         weights=[clip.weight for clip in clips.clips] if config.weights_csv else None,
     )
     per_epoch = batches.steps_per_epoch / config.accumulate
-    total = max(1, round(config.epochs * per_epoch)) if config.steps is None else config.steps
+    total = ceil(config.epochs * per_epoch) if config.steps is None else config.steps
     start = 0
     if resumed is not None:
         model_state, state = checkpoint.load(resumed)

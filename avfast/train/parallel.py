@@ -60,18 +60,21 @@ def gather(value: T) -> list[T]:
 
 
 def first_only(function: Callable[[], T]) -> T:
-    """Runs on rank 0 alone while the others wait, and returns its result (or raises its error) on all."""
+    """Runs on rank 0 alone while the others wait, and returns its result on all; where it raises, all do."""
     if world_size() == 1:
         return function()
     box: list[Any] = [None, None]
+    error: Exception | None = None
     if rank() == 0:
         try:
             box[0] = function()
-        except Exception as error:
-            box[1] = error
+        except Exception as caught:
+            error, box[1] = caught, str(caught)
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if error is not None:
+        raise error
     if box[1] is not None:
-        raise box[1]
+        raise SettingError(box[1])
     return box[0]
 
 
