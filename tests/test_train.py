@@ -147,10 +147,10 @@ def test_a_kill_while_writing_loses_that_checkpoint_only(tmp_path, clips):
 
 
 @pytest.mark.parametrize("shard", ["none", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_two_processes_equal_one(shard, tmp_path, mixed):
+def test_two_processes_equal_one(shard, tmp_path, clips, mixed):
     """20 steps; unequal shares (17 clips in a batch, 5 of them bad or without pictures), accumulation."""
-    one = replace(settings(tmp_path / "one", SimpleNamespace(train=mixed, test="", classes=None)), eval_data=())
-    one = replace(one, steps=20, batch_size=18, accumulate=2, eval_fraction=0.0, max_bad_files=0.5, lr=3e-3)
+    one = replace(settings(tmp_path / "one", clips), data=(mixed,), class_csv=None, evaluate=True, pictures=3)
+    one = replace(one, steps=20, batch_size=18, accumulate=2, max_bad_files=0.5, lr=3e-3)
     with pytest.warns(UserWarning, match="batches of 17"):
         run(one)
     two = replace(one, out=str(tmp_path / "two"), batch_size=9, shard=shard)
@@ -164,6 +164,8 @@ def test_two_processes_equal_one(shard, tmp_path, mixed):
     assert summaries[0]["bad_files"] == summaries[1]["bad_files"]
     assert {Path(p).name for p in summaries[0]["bad_files"]["files"]} == {"text.mp4", "empty.mp4", "cut.mp4"}
     assert summaries[1]["processes"] == 2 and summaries[1]["short_clips"] == 2
+    assert summaries[0]["retrieval"] == summaries[1]["retrieval"] and summaries[0]["retrieval"]["gallery"] == 8
+    assert (tmp_path / "two/reconstruction.png").exists()
 
 
 def test_a_batch_without_a_readable_clip_touches_every_parameter(clips):
@@ -217,8 +219,9 @@ def test_what_must_not_change_the_losses(change, tmp_path, clips):
 
 
 def test_half_precision_has_a_scaler_per_branch(tmp_path, clips):
-    config = settings(tmp_path / "half", clips, precision="fp16")
-    run(replace(config, model_args=MODEL | {"objective": "released"}))
+    config = settings(tmp_path / "half", clips, precision="fp16", paper_batch=1536)
+    with pytest.warns(UserWarning, match="sees 4 clips at once, the paper's 1536"):
+        run(replace(config, model_args=MODEL | {"objective": "released"}))
     _, state = checkpoint.load(checkpoint.find(tmp_path / "half"))
     assert len(state["scalers"]) == 2 and all(s["scale"] > 0 for s in state["scalers"])
 
