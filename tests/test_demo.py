@@ -115,7 +115,7 @@ def test_train_and_test_share_no_attribute_cell(scenes):
 
 
 def test_multi_has_zipf_frequencies_and_keeps_pairs_back():
-    part = sample(replace(PRESETS["multi"], train=2000), "train", 0)
+    part = sample(replace(PRESETS["multi"], train=1200), "train", 0)
     assert Counter(len(scene.sounding) for scene in part).keys() == {1, 2, 3}
     counts = Counter(label for scene in part for label in scene.labels)
     ranks = np.arange(1, 33)
@@ -129,8 +129,9 @@ def test_multi_has_zipf_frequencies_and_keeps_pairs_back():
 
 
 def test_duets_are_tested_on_pairs_never_heard_together():
+    preset = replace(PRESETS["duets"], train=400, test=128)
     pairs = {
-        split: {tuple(sorted(s.instrument for s in scene.sounding)) for scene in sample(PRESETS["duets"], split, 0)}
+        split: {tuple(sorted(s.instrument for s in scene.sounding)) for scene in sample(preset, split, 0)}
         for split in ("train", "test")
     }
     assert pairs["test"] == HELD_OUT_PAIRS
@@ -147,10 +148,10 @@ def test_masks_fit_rendered_pixels():
         for k, source in enumerate(scene.sources):
             alone = replace(scene, sources=(source,))
             empty = replace(scene, sources=())
-            changed = np.abs(alone.frame(0.7).astype(int) - empty.frame(0.7)).max(-1) > 24
+            changed = np.abs(alone.frame(0.7).astype(int) - empty.frame(0.7)).max(-1) > 8
             mask = alone.mask(0.7, (240, 320))
             both = (changed & mask).sum() / (changed | mask).sum()
-            assert both > 0.75, (scene.id, k, both)  # a dark part of a silent object may equal the background
+            assert both > 0.75, (scene.id, k, both)  # some of a silent object may be as dark as the background
             assert (changed & ~mask).sum() < 0.1 * mask.sum()
 
 
@@ -267,8 +268,11 @@ def test_decoded_clips_are_aligned_with_the_ground_truth(small):
         assert len(sound) >= 32000 and np.corrcoef(sound[:32000], waves.mixture)[0, 1] > 0.95
         assert pictures.shape == (24, 64, 64, 3)
         assert np.abs(pictures.astype(int) - scene.frames()).mean() < 8
-        errors = [np.abs(pictures[12].astype(int) - scene.frame(k / 12)).mean() for k in range(24)]
-        assert np.argmin(errors) == 12
+        rendered = scene.frames().astype(int)
+        flash = 1 + np.abs(np.diff(rendered, axis=0)).mean((1, 2, 3)).argmax()
+        for shown, other in ((flash, flash - 1), (flash - 1, flash)):
+            errors = [np.abs(pictures[shown] - rendered[k]).mean() for k in (shown, other)]
+            assert errors[0] < errors[1]
 
 
 def test_field_clips_are_aligned_too(tmp_path):
