@@ -6,6 +6,7 @@ import pytest
 from avfast.train import config as settings
 from avfast.train.__main__ import main, resolve
 from avfast.train.config import Config, SettingError, fields, from_dict, from_json
+from avfast.train.evaluate import main as evaluate
 from avfast.train.recipes import RECIPES
 from avfast.train.trainer import learning_rate
 
@@ -91,6 +92,21 @@ def test_wrong_flags_are_answered_in_one_line(arguments, says, capsys):
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert says in printed.err and printed.err.count("\n") == 1 and printed.err.startswith("avfast: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere"], "nowhere: no checkpoint; expected a run folder"),
+        (["--eval_clips", "9"], "expected a run folder"),
+        (["nowhere", "--eval_clip", "9"], "did you mean: --eval_clips"),
+        (["nowhere", "--model.depth", "9"], "--model_args: the run's own settings"),
+    ],
+)
+def test_wrong_flags_of_evaluation(arguments, says, capsys):
+    assert evaluate(arguments) == 2
+    printed = capsys.readouterr().err
+    assert says in printed and printed.count("\n") == 1
 
 
 def test_wrong_config_files(tmp_path):

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = resolve(arguments)
     except SettingError as error:
-        return fail(str(error))
+        return fail(error)
     from avfast.train.loop import run
     from avfast.train.monitor import RunError
 
@@ -57,9 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         stopped = isinstance(error, RunError)
         if not stopped and not user_error(error):
             raise
-        if parallel.rank() == 0:
-            fail(str(error))
-        return 1 if stopped else 2
+        return fail(error, 1 if stopped else 2)
     finally:
         parallel.stop()
     return 0

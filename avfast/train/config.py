@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import sys
 import types
 import typing
@@ -290,7 +291,13 @@ def user_error(error: Exception) -> bool:
     return isinstance(error, OSError) or (ours and isinstance(error, ValueError | ImportError))
 
 
-def fail(message: str, code: int = 2) -> int:
-    """Prints one line on stderr and returns the exit code."""
-    print(f"avfast: {message}", file=sys.stderr, flush=True)
+def fail(error: Exception, code: int = 2) -> int:
+    """Prints one line on stderr and returns the exit code.
+
+    What is wrong on every process alike (a setting, the run as a whole) is said by the first only.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or not isinstance(error, SettingError | RuntimeError):
+        where = f"rank {rank}: " if rank else ""
+        print(f"avfast: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code

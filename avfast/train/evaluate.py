@@ -140,6 +140,8 @@ def main(arguments: Sequence[str]) -> int:
         where, changes = parse(arguments, RECIPES, positional="run")
         if where is None:
             raise SettingError(f"expected a run folder: {USAGE}")
+        if unfit := {"config", "model", "model_args"} & set(changes):
+            raise SettingError(f"--{min(unfit)}: the run's own settings say what the model is")
         path = checkpoint.find(where)
         config = replace(from_json(path.parent.parent / "config.json"), **changes)
         device = parallel.start(config.device)
@@ -149,7 +151,7 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         if not user_error(error):
             raise
-        return fail(str(error)) if parallel.rank() == 0 else 2
+        return fail(error)
     finally:
         parallel.stop()
     if parallel.rank() == 0:
