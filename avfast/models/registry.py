@@ -12,7 +12,7 @@ from avfast.models.base import AudioVisualMAE
 from avfast.models.cav_mae import CAVMAE
 
 TINY = {
-    "img_size": 64, "patch_size": 8, "audio_size": (192, 128), "audio_patch_size": 16, "embed_dim": 128, "num_heads": 4,
+    "img_size": 64, "patch_size": 8, "audio_size": (192, 64), "audio_patch_size": 16, "embed_dim": 128, "num_heads": 4,
     "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4,
 }  # fmt: skip
 LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
