@@ -155,11 +155,12 @@ def test_cache_equals_decoding(folder: Path) -> None:
     clips = read_folder(folder)
     cached = ClipDataset(clips, frontend=FRONTEND, train=False, cache=True)
     seen: list[int] = []
-    cached.warm(lambda items: (seen.append(item) or item for item in items))  # type: ignore[func-returns-value]
+    bad = cached.warm(lambda items: (seen.append(item) or item for item in items))  # type: ignore[func-returns-value]
     assert seen == list(range(len(clips)))
     got, failed = by_name(clips, make_eval(cached, workers=2))
     want, failures = by_name(clips, make_eval(ClipDataset(clips, frontend=FRONTEND, train=False)))
-    assert failed == failures and got.keys() == want.keys()
+    assert failed == failures and {failure.path for failure in bad} == {failure.path for failure in failures}
+    assert got.keys() == want.keys()
     for name, row in want.items():
         assert torch.equal(got[name]["waveform"][: got[name]["num_samples"]], row["waveform"][: row["num_samples"]])
         assert np.abs(np.subtract(shown(got[name]["frames"][None]), shown(row["frames"][None]))).max() <= 1

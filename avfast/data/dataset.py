@@ -143,18 +143,23 @@ class ClipDataset(Dataset[Sample | Failure]):
             frames = eval_crop(frames, size) if rng is None else train_crop(frames, size, rng, scale=self.crop_scale)
         return Sample(index, step, position, waveform, frames, clip.labels, short)
 
-    def warm(self, progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items, threads: int = 2) -> None:
+    def warm(self, progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items, threads: int = 2) -> list[Failure]:
         """Fills the cache with every clip, decoding in threads (FFmpeg runs without Python's lock).
 
         Args:
             progress: wraps the finished clips, e.g. ``partial(tqdm, total=len(dataset))``.
             threads: at work.
+
+        Returns:
+            The clips that cannot be decoded.
         """
         if not self.cache:
             raise ValueError("warm() needs a ClipDataset(cache=True)")
         with ThreadPoolExecutor(threads) as pool:
             for _ in progress(pool.map(self._fill, range(len(self)))):
                 pass
+        errors = [(i, found) for i, found in sorted(self._cached.items()) if isinstance(found, MediaError)]
+        return [Failure(error.path, error.reason, i) for i, error in errors]
 
     def _window(self, duration: float, rng: np.random.Generator | None) -> tuple[float, list[float], bool]:
         """(start, times of the frames, short)."""

@@ -16,7 +16,7 @@ from avfast.distributed import world_size
 from avfast.train import checkpoint, data, parallel
 from avfast.train.config import Config, SettingError
 from avfast.train.log import Log
-from avfast.train.monitor import Window
+from avfast.train.monitor import Window, account
 from avfast.train.setup import build_model, check_same, resume_point, run_folder, seed_everything
 from avfast.train.summary import finish
 from avfast.train.trainer import Trainer, learning_rate
@@ -75,7 +75,8 @@ def run(config: Config) -> dict[str, Any]:
         loader = make_loader(dataset, batches, config.workers, pin_memory=device.type == "cuda")
         if config.cache_media and len(batches):
             log.say("decoding all clips into memory")
-            dataset.warm(log.progress(len(dataset)))
+            failures = parallel.gather(dataset.warm(log.progress(len(dataset))))
+            account(bad, [failure for share in failures for failure in share], log)
         speed = fit(trainer, clips, iter(loader), log, bad, out, start, total, per_epoch)
         short = len(set().union(*parallel.gather(loader.short)))
         return finish(trainer, train, held_out, log, bad, out, total, speed, short)
