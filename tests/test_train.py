@@ -356,6 +356,7 @@ def test_shuffled_pairs_never_match(clips):
     assert [c.audio_path for c in mixed.clips] == [c.audio_path for c in every.clips]
     assert sorted(c.video_path for c in mixed.clips) == sorted(c.video_path for c in every.clips)
     assert all(c.audio_path != c.video_path for c in mixed.clips)
+    assert all(c.video_path.endswith(f"{c.id}.mp4") for c in mixed.clips)
 
 
 def test_one_process_needs_no_group():

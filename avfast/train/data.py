@@ -81,4 +81,5 @@ def shuffled(clips: ClipList, seed: int) -> ClipList:
 
 
 def _pair(clips: Sequence[Clip], sound: int, picture: int) -> Clip:
-    return replace(clips[sound], video_path=clips[picture].video_path, frames_dir=clips[picture].frames_dir)
+    # the id goes with the picture: extracted frames are found by it
+    return replace(clips[picture], audio_path=clips[sound].audio_path, labels=clips[sound].labels)
