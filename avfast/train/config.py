@@ -57,6 +57,7 @@ class Config:
         {}, "arguments of the model, as JSON or one by one: --model.mask_ratios '[0.5]'"
     )
     timm: str | None = setting(None, "start from the weights of this timm Vision Transformer (timm downloads them)")
+    init_ast: str | None = setting(None, "start the encoder from this AST checkpoint file (in place of --timm)")
     init_from: str | None = setting(None, "start from the weights of this checkpoint folder (not its optimiser)")
 
     epochs: float = setting(20.0, "passes over the training clips")
@@ -108,6 +109,8 @@ class Config:
             if value is not None and not (value >= low and (high is None or value <= high)):
                 bound = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise SettingError(f"--{name} {value}: expected a number {bound}")
+        if self.timm and self.init_ast:
+            raise SettingError(f"--init_ast {self.init_ast} and --timm {self.timm} both start the encoder: --timm none")
 
     def to_json(self) -> str:
         """All settings, readable by :func:`from_json`."""

@@ -21,8 +21,8 @@ from avfast.train.config import Config, SettingError
 FREE = {
     "out", "resume", "epochs", "steps", "device", "workers", "cache_media", "shard", "checkpoint_activations",
     "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "pictures", "evaluate", "eval_clips",
-    "probe_clips", "probe_l2", "group_parts", "max_bad_files", "eval_data", "timm", "init_from", "batch_size",
-    "paper_batch",
+    "probe_clips", "probe_l2", "group_parts", "max_bad_files", "eval_data", "timm", "init_ast", "init_from",
+    "batch_size", "paper_batch",
 }  # fmt: skip
 
 
@@ -84,8 +84,8 @@ def build_model(config: Config, fresh: bool = True) -> nn.Module:
         model.frontend  # noqa: B018 (its arguments are checked on first use)
     except (TypeError, ValueError, KeyError) as error:
         raise SettingError(f"--model {config.model}: {error}") from None
-    if config.timm and fresh:
-        start_from_timm(model, config)
+    if (config.timm or config.init_ast) and fresh:
+        start_from_vit(model, config)
     if config.init_from and fresh:
         state, _ = checkpoint.load(checkpoint.find(config.init_from))
         try:
@@ -95,14 +95,19 @@ def build_model(config: Config, fresh: bool = True) -> nn.Module:
     return model
 
 
-def start_from_timm(model: nn.Module, config: Config) -> None:
-    """Takes the encoder's weights from a timm Vision Transformer."""
-    from avfast.checkpoints import timm_vit
+def start_from_vit(model: nn.Module, config: Config) -> None:
+    """Takes the encoder's weights from a timm Vision Transformer or from an AST checkpoint."""
+    from avfast import checkpoints
 
+    flag = f"--timm {config.timm}" if config.timm else f"--init_ast {config.init_ast}"
     if not hasattr(model, "load_vit"):
-        raise SettingError(f"--timm {config.timm}: {config.model} does not start from a Vision Transformer; use none")
+        raise SettingError(f"{flag}: {config.model} does not start from a Vision Transformer; use none")
     try:
-        model.load_vit(timm_vit(config.timm, True, model.img_size).state_dict())
-    except Exception as error:  # timm and its download client raise many kinds
+        if config.timm:
+            state = checkpoints.timm_vit(config.timm, True, model.img_size).state_dict()
+        else:
+            state = checkpoints.ast(checkpoints.load(config.init_ast))
+        model.load_vit(state)
+    except Exception as error:  # timm, its download client and the readers of files raise many kinds
         reason = " ".join(str(error).split())[:300]
-        raise SettingError(f"--timm {config.timm}: {reason}; --timm none starts from random weights") from error
+        raise SettingError(f"{flag}: {reason}; {flag.split()[0]} none starts from random weights") from error

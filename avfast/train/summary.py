@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def finish(
     if config.shard != "none":
         # sharded parameters gather block by block in step with the other processes; evaluation does not go in step
         state = trainer.model_state(everywhere=True)
-        model = build_model(replace(config, timm=None, init_from=None)).to(trainer.device)
+        model = build_model(config, fresh=False).to(trainer.device)
         model.load_state_dict(state)
     summary: dict[str, Any] = {"retrieval": None, "probe": None, "notes": []}
     if config.evaluate:
