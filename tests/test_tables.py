@@ -1,0 +1,225 @@
+import math
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+
+from avfast import create_model
+from avfast.data.clips import Batch
+from avfast.train.__main__ import resolve
+from avfast.train.config import Config, SettingError
+from avfast.train.recipes import RECIPES
+from avfast.train.setup import build_model
+from avfast.train.tables import ROWS, TITLES, Row, listing, main
+from avfast.train.trainer import Trainer
+
+TWINS = {
+    "avsiam_base": "avsiam_tiny",
+    "avsiam_large": "avsiam_tiny",
+    "avsiam_huge": "avsiam_tiny",
+    "avsep_large": "avsep_tiny",
+    "cav_mae_base": "cav_mae_tiny",
+}
+
+
+def name(row: Row) -> str:
+    return f"{row.table}: {row.label}"
+
+
+def given(row: Row) -> Config:
+    """What the printed command asks for."""
+    words = shlex.split(row.command())
+    return resolve(words[words.index("avfast.train") + 1 :])
+
+
+def tiny(config: Config) -> Config:
+    """The same run with a tiny model, from random weights."""
+    return replace(config, model=TWINS[config.model], timm=None, init_ast=None)
+
+
+def distinct() -> list[Config]:
+    """Rows whose optimisation or model differs."""
+    found = []
+    for row in ROWS:
+        config = tiny(given(row))
+        key = (config.model, config.model_args, config.lr, config.betas)
+        if key not in [k for k, _ in found]:
+            found.append((key, config))
+    return [config for _, config in found]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name)
+def test_the_command_asks_for_the_row(row):
+    recipe = RECIPES[row.recipe]()
+    of_model = {k[6:]: v for k, v in row.overrides.items() if k.startswith("model.")}
+    others = {k: v for k, v in row.overrides.items() if not k.startswith("model.")}
+    want = replace(recipe, **others, data=row.data, eval_data=(row.eval_data,))
+    assert given(row) == replace(want, model_args=recipe.model_args | of_model)
+    assert row.table in TITLES and row.figures
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name)
+def test_the_processes_make_the_papers_batch(row):
+    words = [word.split("=") for word in row.command().split() if word.startswith("--n")]
+    processes = math.prod(int(number) for _, number in words)
+    config = given(row)
+    assert processes * config.batch_size == (config.paper_batch or config.batch_size)
+
+
+def test_rows_are_not_given_twice():
+    assert len({(row.table, row.label) for row in ROWS}) == len(ROWS)
+    assert {row.table for row in ROWS} == set(TITLES)
+
+
+def random_batch(model: torch.nn.Module, clips: int) -> Batch:
+    everywhere = torch.ones(clips, dtype=torch.bool)
+    samples = int(model.frontend.seconds * 16000)
+    return Batch(
+        waveform=torch.randn(clips, samples),
+        num_samples=torch.full((clips,), samples),
+        frames=torch.randint(0, 256, (clips, 3, model.img_size, model.img_size), dtype=torch.uint8),
+        has_audio=everywhere,
+        has_visual=everywhere,
+        labels=None,
+        index=torch.arange(clips),
+        positions=tuple(range(clips)),
+        step=0,
+        total=clips,
+        failures=[],
+        short=~everywhere,
+    )
+
+
+@pytest.mark.parametrize("config", distinct(), ids=lambda c: f"{c.recipe} {c.model} {c.model_args}")
+def test_one_step_of_every_kind_of_row(config):
+    model = build_model(config)
+    before = {k: v.clone() for k, v in model.named_parameters() if v.requires_grad}
+    losses = Trainer(model, config, torch.device("cpu")).step([random_batch(model, 6)], config.lr)
+    expected = {"loss"}
+    expected |= {"contrastive"} if model.contrastive_weight else set()
+    expected |= {"reconstruction_audio", "reconstruction_visual"} if model.reconstruction_weight else set()
+    assert set(losses) == expected and all(math.isfinite(loss) and loss > 0 for loss in losses.values())
+    still = {k for k, v in model.named_parameters() if k in before and torch.equal(v, before[k])}
+    idle = ("decoder.", "fusion.") if not model.reconstruction_weight else ()
+    assert {k for k in still if not k.startswith(idle)} == set()
+
+
+def test_distinct_rows_have_distinct_steps():
+    """AVSiam: multi-ratio, three fixed ratios, contrastive only, separate encoders, released; CAV-MAE: three kinds."""
+    assert len(distinct()) == 10
+
+
+# Supplement of AVSiam, Tables 4-6, pre-training column: batch per GPU and GPUs; the rest is common to the three.
+TABLES_4_TO_6 = {"Base": (96, "16 A5000"), "Large": (48, "32 A5000"), "Huge": (24, "64 V100")}
+
+
+@pytest.mark.parametrize("size", TABLES_4_TO_6)
+def test_recipes_are_tables_4_to_6(size):
+    batch, gpus = TABLES_4_TO_6[size]
+    (row,) = (row for row in ROWS if row.table == "supplement-4-6" and row.label == f"AVSiam-{size}")
+    config = given(row)
+    with torch.device("meta"):
+        model = create_model(config.model, **config.model_args)
+    assert row.figures == {
+        "optimizer": config.optimizer.capitalize(),
+        "betas": ", ".join(map(str, config.betas)),
+        "weight decay": config.weight_decay,
+        "lr": config.lr,
+        "decay from": config.decay_start,
+        "by": config.decay_rate,
+        "every": config.decay_every,
+        "epochs": config.epochs,
+        "batch per GPU": config.batch_size,
+        "GPUs": f"{config.paper_batch // config.batch_size} {gpus.split()[1]}",
+        "mean": model.frontend.mean,
+        "std": model.frontend.std,
+    }
+    assert (row.figures["batch per GPU"], row.figures["GPUs"]) == (batch, gpus)
+    common = {"optimizer": "Adam", "betas": "0.95, 0.999", "weight decay": 5e-7, "lr": 1e-4, "decay from": 10}
+    common |= {"by": 0.5, "every": 5, "epochs": 20, "mean": -5.081, "std": 4.485}
+    assert common.items() <= row.figures.items()
+    assert config.schedule == "step" and config.warmup_steps == 0 and config.accumulate == 1
+    assert config.weights_csv == ()  # class balance sampling: no
+    assert model.frontend.time_shift == 1024  # random time shifting: yes
+    assert (model.contrastive_weight, model.reconstruction_weight) == (1, 1)  # CL + MAE
+    assert model.mask_ratios == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5) and len(model.decoder.blocks) == 6
+    assert config.timm is not None and config.timm.startswith(f"vit_{size.lower()}_patch")
+
+
+def test_the_cav_mae_recipe_is_scale_plus_plus():
+    config = RECIPES["cav_mae_base_pretrain"]()
+    with torch.device("meta"):
+        model = create_model(config.model, **config.model_args)
+    assert (config.optimizer, config.lr, config.betas, config.weight_decay) == ("adam", 2e-4, (0.95, 0.999), 5e-7)
+    assert (config.decay_start, config.decay_rate, config.decay_every, config.epochs) == (10, 0.5, 5, 25)
+    assert (config.batch_size * 8, config.paper_batch) == (256, 256)
+    assert (model.mask_ratios, model.contrastive_weight, model.reconstruction_weight) == ((0.75,), 0.01, 1)
+
+
+def test_the_released_recipe_has_the_released_layout():
+    """Its model has the settings that a released Base checkpoint asks for, but for the file's own shapes."""
+    config = RECIPES["avsiam_base_released"]()
+    with torch.device("meta"):
+        model = create_model(config.model, **config.model_args)
+    assert model.branches == ("contrastive", "reconstruction") and model.encoder_a is not None
+    assert (model.mask_ratios, model.audio_structure) == ((0.0, 0.2, 0.4, 0.6, 0.8), "time_frequency")
+    assert (model.reconstruction_ratio, model.norm_pix, model.stop_gradient) == (0.75, False, False)
+    assert model.double_embedding and len(model.decoder.blocks) == 8
+    assert (model.encoder.blocks[0].norm1.eps, model.encoder.norm.eps) == (1e-5, 1e-6)
+
+
+def test_listing(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(row.command() in printed and row.label in printed for row in ROWS)
+    assert all(title in printed for title in TITLES.values())
+    assert main(["--table", "ablation"]) == 0
+    part = capsys.readouterr().out
+    assert part.endswith(listing([row for row in ROWS if row.table == "ablation"]) + "\n") and "AVSiam-Huge" not in part
+    assert main(["--table=ablatoin"]) == 2
+    assert capsys.readouterr().err.startswith("avfast: unknown table 'ablatoin'; did you mean: ablation")
+    assert main(["ablation"]) == 2
+    assert capsys.readouterr().err == "avfast: unexpected 'ablation'; expected [--table NAME]\n"
+
+
+def test_figures_stand_under_their_columns():
+    rows = [
+        Row("main", "a", "demo", {"x": 1, "y": 22.5}, note=""),
+        Row("main", "longer", "demo", {"y": 3.0}, note="why"),
+    ]
+    lines = listing(rows).splitlines()
+    assert lines[1:3] + lines[4:5] + lines[6:] == [
+        "          x     y",
+        "  a       1  22.5",
+        "  longer  -   3.0",
+        "      (why)",
+    ]
+
+
+def test_an_ast_checkpoint_starts_the_model(tmp_path):
+    settings = {"patch_size": 16}  # one kernel for both modalities
+    source = create_model("avsiam_tiny", **settings, shared_norms=True)
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter)
+    state = {f"v.{k.removeprefix('encoder.')}": v for k, v in source.state_dict().items() if k.startswith("encoder.")}
+    state |= {f"v.patch_embed.proj.{k}": v for k, v in source.patch_embed_a.proj.state_dict().items()}
+    state |= {"v.cls_token": torch.zeros(1, 1, 128), "v.pos_embed": torch.randn(1, 2 + 48, 128)}
+    torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "ast.pth")
+    config = Config(model="avsiam_tiny", model_args=settings, init_ast=str(tmp_path / "ast.pth"))
+    model = build_model(config)
+    assert torch.equal(model.encoder.blocks[1].attn.qkv.weight, source.encoder.blocks[1].attn.qkv.weight)
+    assert torch.equal(model.encoder.norm.weight, source.encoder.norm.weight.expand(2, -1))
+    assert torch.equal(model.patch_embed_a.proj.weight, source.patch_embed_a.proj.weight)
+    resumed = build_model(config, fresh=False)
+    assert not torch.equal(resumed.patch_embed_a.proj.weight, source.patch_embed_a.proj.weight)
+
+    for changes, says in (
+        ({"init_ast": str(tmp_path / "no.pth")}, "--init_ast .*no.pth: no checkpoint at .*; --init_ast none starts"),
+        ({"model_args": settings | {"depth": 3}}, "--init_ast .*ast.pth: the checkpoint does not fit the model"),
+        ({"model": "cav_mae_tiny"}, "--init_ast .*: cav_mae_tiny does not start from a Vision Transformer; use none"),
+    ):
+        with pytest.raises(SettingError, match=says):
+            build_model(replace(config, **changes))
+    with pytest.raises(SettingError, match="--init_ast .* and --timm x both start the encoder"):
+        replace(config, timm="x")
