@@ -1,0 +1,423 @@
+"""Attention within packed sequences against what else computes it.
+
+    python benchmarks/attention.py [--quick] [--cases 'mix*,ragged'] [--dtypes float32,bfloat16] [--graph]
+
+Every variant gets contiguous inputs in its own layout (padding and unpadding are not timed) and is first held against
+an explicit softmax in float64, gradients included. `forward` records what the backward needs, as in training.
+Useful work is 4 H D sum(n^2) FLOP forward and twice that backward; the fewest bytes are q, k, v, out and, backward,
+these and four gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import common
+import torch
+import torch.nn.functional as F
+from common import OURS, Row
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from avfast import ops
+from avfast.masking import num_kept, ratio_pairs
+from avfast.ops import AttentionPlan
+from avfast.packing import cumulative, runs
+
+AUDIO_PATCHES, VISUAL_PATCHES = 512, 196
+RAGGED = (389, 104, 251, 317, 142, 371, 198, 263, 120, 344, 229, 167, 302, 110, 276, 331)
+MIXES = {"mix-0-50": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), "mix-0-80": (0.0, 0.2, 0.4, 0.6, 0.8)}
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequence lengths, heads H and head dimension D."""
+
+    name: str
+    lengths: tuple[int, ...]
+    heads: int = 12
+    dim: int = 64
+
+    @property
+    def equal(self) -> bool:
+        return len(set(self.lengths)) == 1
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass."""
+        return 4 * self.heads * self.dim * sum(n * n for n in self.lengths)
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Of the forward pass: q, k, v and out once."""
+        return 4 * self.heads * self.dim * sum(self.lengths) * dtype.itemsize
+
+
+def mix(ratios: Sequence[float], blocks: int) -> tuple[int, ...]:
+    """Lengths as AVSiam packs them: audio, then visual, each longest first."""
+    pairs = [pair for block in range(blocks) for pair in ratio_pairs(ratios, len(ratios), block)]
+    audio, visual = ([num_kept(n, pair[i]) for pair in pairs] for i, n in enumerate((AUDIO_PATCHES, VISUAL_PATCHES)))
+    return (*sorted(audio, reverse=True), *sorted(visual, reverse=True))
+
+
+def all_cases(tokens: int) -> dict[str, Case]:
+    """The cases at about ``tokens`` tokens each; a mix or ragged list is taken whole."""
+    cases = [Case(f"n{n}", (n,) * max(1, round(tokens / n))) for n in (49, 98, 196, 392, 512, 784, 1568)]
+    for name, ratios in MIXES.items():
+        cases.append(Case(name, mix(ratios, max(1, round(tokens / sum(mix(ratios, 1)))))))
+    cases.append(Case("ragged-100-400", RAGGED * max(1, round(tokens / sum(RAGGED)))))
+    total = AUDIO_PATCHES + VISUAL_PATCHES
+    cases.append(Case("decoder-708", (total,) * max(1, round(tokens / total)), heads=16, dim=32))
+    cases.append(Case("tiny", (9, 9, 5, 1), heads=2, dim=16))
+    return {case.name: case for case in cases}
+
+
+# The variants.
+
+
+class Unavailable(Exception):
+    """Why a variant cannot run."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``call`` on ``leaves`` (q, k, v); ``packed`` maps its layout to ``(T, H, D)``."""
+
+    leaves: tuple[Tensor, ...]
+    grad: Tensor
+    call: Callable[[Tensor, Tensor, Tensor], Tensor]
+    packed: Callable[[Tensor], Tensor] = lambda x: x
+
+    def phases(self) -> dict[str, Callable[[], object]]:
+        """The two halves of a step."""
+        state: dict[str, Tensor] = {}
+
+        def forward() -> None:
+            state["out"] = self.call(*self.leaves)
+
+        def backward() -> None:
+            torch.autograd.grad(state.pop("out"), self.leaves, self.grad)
+
+        return {"forward": forward, "backward": backward}
+
+    def both(self) -> None:
+        torch.autograd.grad(self.call(*self.leaves), self.leaves, self.grad)
+
+    def results(self) -> list[Tensor]:
+        """Output and gradients, packed."""
+        out = self.call(*self.leaves)
+        return [self.packed(x.detach()) for x in (out, *torch.autograd.grad(out, self.leaves, self.grad))]
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """q, k, v and the gradient of the output, ``(T, H, D)``, the same for every call."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, sum(case.lengths), case.heads, case.dim)
+    return tuple(torch.randn(shape, generator=generator).to(device, dtype).unbind(0))
+
+
+def _packed(data: Inputs, call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Variant:
+    q, k, v, grad = (x.clone() for x in data)
+    return Variant(tuple(x.requires_grad_() for x in (q, k, v)), grad, call)
+
+
+def _padded(case: Case, data: Inputs, call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Variant:
+    """``call`` takes and gives ``(B, H, N, D)`` views of ``(B, N, H, D)`` tensors, as projections leave them."""
+    q, k, v, grad = (pad_sequence(x.split(case.lengths), batch_first=True) for x in data)
+    keep = _key_mask(case, grad.device)
+    leaves = tuple(x.requires_grad_() for x in (q, k, v))
+    return Variant(leaves, grad, lambda *x: call(*(y.transpose(1, 2) for y in x)).transpose(1, 2), lambda x: x[keep])
+
+
+def _key_mask(case: Case, device: torch.device) -> Tensor:
+    lengths = torch.tensor(case.lengths, device=device)
+    return torch.arange(max(case.lengths), device=device) < lengths[:, None]
+
+
+def _cuda_half(data: Inputs) -> None:
+    if data[0].device.type != "cuda" or data[0].dtype == torch.float32:
+        raise Unavailable("CUDA and half precision only")
+
+
+def avfast(case: Case, data: Inputs) -> Variant:
+    plan, cu = AttentionPlan.of(case.lengths), cumulative(case.lengths, data[0].device)
+    return _packed(data, lambda q, k, v: ops.packed_attention(q, k, v, cu, plan=plan))
+
+
+def avfast_device_plan(case: Case, data: Inputs) -> Variant:
+    """The lengths known to the device only."""
+    if data[0].device.type != "cuda":
+        raise Unavailable("CUDA only")
+    cu = cumulative(case.lengths, data[0].device)
+    plan = AttentionPlan.build(cu)
+    return _packed(data, lambda q, k, v: ops.packed_attention(q, k, v, cu, plan=plan))
+
+
+def padded_mask(case: Case, data: Inputs) -> Variant:
+    if case.equal:
+        raise Unavailable("nothing to pad")
+    mask = _key_mask(case, data[0].device)[:, None, None]
+    return _padded(case, data, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def dense(case: Case, data: Inputs) -> Variant:
+    if not case.equal:
+        raise Unavailable("lengths differ")
+    return _padded(case, data, lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+
+
+def dense_cudnn(case: Case, data: Inputs) -> Variant:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    _cuda_half(data)
+    if not case.equal:
+        raise Unavailable("lengths differ")
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return _padded(case, data, call)
+
+
+def loop(case: Case, data: Inputs) -> Variant:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # split, not slices: the gradient of a slice fills a whole tensor with zeros per sequence.
+        parts = zip(*(x.transpose(0, 1).split(case.lengths, 1) for x in (q, k, v)), strict=True)
+        outs = [F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts]
+        return torch.cat(outs, 1).transpose(0, 1)
+
+    return _packed(data, call)
+
+
+def grouped(case: Case, data: Inputs) -> Variant:
+    """One dense SDPA per run of consecutive equal lengths."""
+    groups = runs(case.lengths)
+    if case.equal or len(groups) == len(case.lengths):
+        raise Unavailable("the same as dense or loop")
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        split = zip(*(x.split([count * n for count, n in groups]) for x in (q, k, v)), strict=True)
+        outs = []
+        for part, shape in zip(split, groups, strict=True):
+            heads = [x.unflatten(0, shape).transpose(1, 2) for x in part]
+            outs.append(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs)
+
+    return _packed(data, call)
+
+
+def varlen(case: Case, data: Inputs) -> Variant:
+    _cuda_half(data)
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = cumulative(case.lengths, data[0].device), max(case.lengths)
+    return _packed(data, lambda q, k, v: varlen_attn(q, k, v, cu, cu, longest, longest))
+
+
+def flash_attn(case: Case, data: Inputs) -> Variant:
+    _cuda_half(data)
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error})") from None
+    cu, longest = cumulative(case.lengths, data[0].device), max(case.lengths)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _packed(
+        data,
+        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, deterministic=deterministic),
+    )
+
+
+def xformers(case: Case, data: Inputs) -> Variant:
+    _cuda_half(data)
+    try:
+        from xformers.ops import fmha, memory_efficient_attention
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error})") from None
+    bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens(list(case.lengths))
+    return _packed(data, lambda q, k, v: memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0])
+
+
+def flex(case: Case, data: Inputs) -> Variant:
+    """flex_attention, compiled, with a document mask that is built once."""
+    device = data[0].device
+    if device.type != "cuda":
+        raise Unavailable("no backward pass outside CUDA")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    total = sum(case.lengths)
+    document = torch.repeat_interleave(torch.arange(len(case.lengths)), torch.tensor(case.lengths)).to(device)
+    mask = create_block_mask(lambda b, h, i, j: document[i] == document[j], None, None, total, total, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return _packed(
+        data,
+        lambda q, k, v: compiled(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=mask)[0].transpose(0, 1),
+    )
+
+
+VARIANTS: dict[str, Callable[[Case, Inputs], Variant]] = {
+    OURS: avfast,
+    "avfast_device_plan": avfast_device_plan,
+    "padded_mask": padded_mask,
+    "dense": dense,
+    "dense_cudnn": dense_cudnn,
+    "grouped": grouped,
+    "loop": loop,
+    "varlen": varlen,
+    "flash_attn": flash_attn,
+    "xformers": xformers,
+    "flex": flex,
+}
+
+
+# The gate.
+
+
+def reference(case: Case, data: Inputs) -> list[Tensor]:
+    """Output and gradients of an explicit softmax in float64, sequence by sequence."""
+    q, k, v = (x.double().requires_grad_() for x in data[:3])
+    outs = []
+    for x, y, z in zip(*(x.transpose(0, 1).split(case.lengths, 1) for x in (q, k, v)), strict=True):
+        outs.append((x @ y.mT * case.dim**-0.5).softmax(-1) @ z)
+    out = torch.cat(outs, 1).transpose(0, 1)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), data[3].double())]
+
+
+def gate(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, bool]:
+    """Error of the op on a small case, and whether it passes."""
+    case = all_cases(1)["tiny"]
+    data = inputs(case, dtype, device)
+    want = reference(case, data)
+    error, plain = (common.rms_error(build(case, data).results(), want) for build in (avfast, loop))
+    return error, error <= common.limit(dtype, plain)
+
+
+def repeats_bitwise(variant: Variant, times: int = 30) -> bool:
+    """Whether output and gradients are the same bits in every run."""
+    first = variant.results()
+    return all(torch.equal(a, b) for _ in range(times - 1) for a, b in zip(first, variant.results(), strict=True))
+
+
+# The run.
+
+
+def measure(
+    case: Case, dtype: torch.dtype, device: torch.device, names: Sequence[str], rounds: int, budget: float, graph: bool
+) -> tuple[list[Row], dict[str, Variant]]:
+    """Rows with error and times of every variant that is there; memory and floors are filled in by the caller."""
+    data, rows, good = inputs(case, dtype, device), [], {}
+    want = reference(case, data)
+    bound = common.limit(dtype, common.rms_error(loop(case, data).results(), want))
+    blank = Row("attention", case.name, "", str(dtype).removeprefix("torch."), "both", "graph" if graph else "eager")
+    errors = {}
+    for name in names:
+        try:
+            variant = VARIANTS[name](case, data)
+            errors[name] = common.rms_error(variant.results(), want)
+        except Unavailable:
+            continue
+        except Exception as problem:  # a baseline that fails must not end the run
+            rows.append(replace(blank, variant=name, note=f"failed: {str(problem).splitlines()[0][:80]}"))
+            continue
+        if errors[name] <= bound:
+            good[name] = variant
+        else:
+            rows.append(replace(blank, variant=name, error=errors[name], note=f"REFUSED: error above {bound:.1e}"))
+    del want
+    steps = {name: variant.phases() for name, variant in good.items()}
+    if graph:
+        steps = {name: {"both": common.graphed(variant.both)} for name, variant in good.items()}
+    work = {"forward": 1, "backward": 2, "both": 3}
+    for name, timings in common.interleave(steps, device, rounds=rounds, budget=budget).items():
+        for phase, timing in timings.items():
+            row = replace(blank, variant=name, phase=phase, error=errors[name]).timed(timing)
+            rows.append(replace(row, tflops=work[phase] * case.flops / timing.median / 1e12))
+    return rows, good
+
+
+def memory(variant: Variant, device: torch.device) -> tuple[float, float]:
+    """MiB of a step at its peak, and kept for the backward pass."""
+    variant.both()
+    peak = common.peak_memory(variant.both, device)
+    saved = common.saved_bytes(lambda: variant.call(*variant.leaves), variant.leaves)
+    return peak / common.MIB, saved / common.MIB
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parse = common.parser(__doc__.splitlines()[0])
+    parse.add_argument("--dtypes", help="comma-separated, default float32 and bfloat16, bfloat16 on CUDA")
+    parse.add_argument("--tokens", type=int, help="about this many per case, default 16384, on the CPU 3136, quick 784")
+    parse.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
+    parse.add_argument("--deterministic", action="store_true", help="ask for it, and compare 30 runs of ours bit by bit")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parse.parse_args(argv)
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(args.deterministic)
+    cases = all_cases(args.tokens or (16384 if cuda else 784 if args.quick else 3136))
+    cases = {name: cases[name] for name in common.chosen(cases, args.cases, hidden=["tiny"])}
+    names = common.chosen(VARIANTS, args.variants)
+    dtypes = {name: DTYPES[name] for name in common.chosen(DTYPES, args.dtypes, ["float32"] if cuda else ["float16"])}
+    if not args.dtypes and cuda:
+        dtypes.pop("float16")
+    # Only the ragged cases have goals in bfloat16 on a CPU, where the padded call is very slow.
+    todo = [(c, d) for c in cases.values() for d in dtypes.values()]
+    if args.quick and not cuda and not args.dtypes:
+        todo = [(c, d) for c, d in todo if d == torch.float32 or not c.equal]
+    if args.memory_of:
+        found = {}
+        for case, dtype in todo:
+            try:
+                variant = VARIANTS[args.memory_of](case, inputs(case, dtype, device))
+            except Unavailable:
+                continue
+            found[f"{case.name} {dtype}"] = memory(variant, device)
+        print(json.dumps(found))
+        return 0
+
+    machine = common.Machine.here(device)
+    copy, rates = common.copy_bandwidth(device), {d: common.matmul_rate(device, d) for d in dtypes.values()}
+    print(machine)
+    print(f"copy {copy / 1e9:.4g} GB/s;", ", ".join(f"{d} matmul {r / 1e12:.4g} TFLOP/s" for d, r in rates.items()))
+    used: dict[str, common.Memory] = {}
+    if not cuda:
+        used = {name: common.memory_in_subprocess(__file__, argv, name) for name in names if _runs_on_cpu(name)}
+    rows: list[Row] = []
+    rounds, budget = args.rounds or (50 if cuda else 5 if args.quick else 15), 2.0 if args.quick else 20.0
+    for case, dtype in todo:
+        new, variants = measure(case, dtype, device, names, rounds, budget, args.graph)
+        moved = {"forward": 1, "backward": 2, "both": 3}
+        for i, row in enumerate(new):
+            if row.median_ms is None:
+                continue
+            bandwidth = moved[row.phase] * case.bytes(dtype) / row.median_ms * 1e3
+            new[i] = replace(row, matmul_share=row.tflops * 1e12 / rates[dtype], copy_share=bandwidth / copy)
+            found = used.get(row.variant, {}).get(f"{case.name} {dtype}")
+            if row.phase == "both" and cuda:
+                found = memory(variants[row.variant], device)
+            if row.phase == "both" and found:
+                new[i] = replace(new[i], peak_mib=found[0], saved_mib=found[1])
+        if args.deterministic and OURS in variants and not repeats_bitwise(variants[OURS]):
+            new = [replace(row, median_ms=None, note="REFUSED: runs differ") if row.variant == OURS else row for row in new]
+        print()
+        common.print_rows(common.with_ratios(new))
+        rows += new
+        del variants
+    return common.finish("attention", rows, machine, args.csv)
+
+
+def _runs_on_cpu(name: str) -> bool:
+    return name in (OURS, "padded_mask", "dense", "grouped", "loop")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,446 @@
+"""What the benchmarks share: timing, memory, measured floors, the correctness gate, rows, tables and arguments."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "avfast"
+HALF_LIMIT, FLOAT_LIMIT = 0.005, 1e-5
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: median and the 20 % and 80 % quantiles of ``rounds`` runs."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        ordered = sorted(seconds)
+        at = [ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8)]
+        return cls(statistics.median(ordered), at[0], at[1], len(ordered))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results file; times in milliseconds, memory in MiB, None where it does not apply.
+
+    ``ratio`` is the best baseline's time over this row's; ``matmul_share`` and ``copy_share`` are useful work over the
+    measured rate of a large matrix product and of a large copy; ``ideal`` is the speed-up over this row that the FLOP
+    counts allow; ``error`` is what the gate saw. A row without times was refused by the gate, or failed.
+    """
+
+    benchmark: str
+    case: str
+    variant: str
+    dtype: str
+    phase: str
+    launch: str = "eager"
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    rounds: int | None = None
+    ratio: float | None = None
+    tflops: float | None = None
+    matmul_share: float | None = None
+    copy_share: float | None = None
+    peak_mib: float | None = None
+    saved_mib: float | None = None
+    clips_per_s: float | None = None
+    ideal: float | None = None
+    error: float | None = None
+    note: str = ""
+
+    def timed(self, timing: Timing) -> Row:
+        return replace(
+            self,
+            median_ms=timing.median * 1e3,
+            p20_ms=timing.low * 1e3,
+            p80_ms=timing.high * 1e3,
+            rounds=timing.rounds,
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and with what a row was measured."""
+
+    device: str
+    cpu_flags: str
+    threads: int
+    python: str
+    torch: str
+    triton: str
+    commit: str
+    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S"))
+
+    @classmethod
+    def here(cls, device: torch.device) -> Machine:
+        try:
+            import triton
+
+            triton_version = triton.__version__
+        except ImportError:
+            triton_version = "none"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{_cpu_model()}"
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        units = f"{torch.backends.cpu.get_cpu_capability()}; {cpu_units()}"
+        versions = (platform.python_version(), torch.__version__, triton_version)
+        return cls(slug, units, torch.get_num_threads(), *versions, _commit())
+
+
+def cpu_units() -> str:
+    """Which half-precision matrix units this CPU has; bf16 figures of CPUs without any say nothing about others."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "avx512_bf16 unknown, amx unknown"
+    return ", ".join(
+        f"{unit} {'yes' if flag in flags else 'no'}" for unit, flag in (("avx512_bf16",) * 2, ("amx", "amx_bf16"))
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.machine()
+
+
+def _commit() -> str:
+    """Short commit, with a + when the measured sources differ from it."""
+    run = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True}
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run)
+        status = subprocess.run(["git", "status", "--porcelain", "--", "avfast", "kernels", "benchmarks/*.py"], **run)
+    except OSError:
+        return "unknown"
+    return "unknown" if head.returncode else head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+# Timing.
+
+Phases = Mapping[str, Callable[[], object]]
+
+
+def interleave(
+    variants: Mapping[str, Phases], device: torch.device, *, rounds: int, budget: float
+) -> dict[str, dict[str, Timing]]:
+    """Times every variant once per round, so that a change of the machine's load meets all of them.
+
+    Args:
+        variants: the phases of each, run in order; more than one also give their sum under ``"both"``.
+        device: CUDA times with events and cold L2, anything else with a host clock.
+        rounds: at most this many, at least 3.
+        budget: seconds after which no new round starts.
+
+    Every variant is taken to have run before.
+    """
+    names = list(variants)
+    clock = _cuda_phases(device) if device.type == "cuda" else _host_phases
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    start = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(max(rounds, 3)):
+            if number >= 3 and time.perf_counter() - start > budget:
+                break
+            shift = number % len(names) if names else 0
+            for name in names[shift:] + names[:shift]:
+                taken = clock(variants[name])
+                if len(taken) > 1:
+                    taken["both"] = sum(taken.values())
+                for phase, value in taken.items():
+                    seconds[name].setdefault(phase, []).append(value)
+            gc.collect()
+    finally:
+        gc.enable()
+    return {name: {phase: Timing.of(values) for phase, values in taken.items()} for name, taken in seconds.items()}
+
+
+def _host_phases(phases: Phases) -> dict[str, float]:
+    taken, before = {}, time.perf_counter()
+    for name, run in phases.items():
+        run()
+        now = time.perf_counter()
+        taken[name], before = now - before, now
+    return taken
+
+
+def _cuda_phases(device: torch.device) -> Callable[[Phases], dict[str, float]]:
+    flush = torch.empty(256 * MIB, dtype=torch.int8, device=device)
+
+    def clock(phases: Phases) -> dict[str, float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(phases) + 1)]
+        flush.zero_()
+        events[0].record()
+        for run, event in zip(phases.values(), events[1:], strict=True):
+            run()
+            event.record()
+        torch.cuda.synchronize(device)
+        pairs = zip(phases, zip(events, events[1:], strict=False), strict=True)
+        return {name: a.elapsed_time(b) / 1e3 for name, (a, b) in pairs}
+
+    return clock
+
+
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    """``run`` captured in a CUDA graph; the result replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+# Memory.
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that ``run`` needs at its peak beyond what was there before.
+
+    On the CPU call it in a process of its own (:func:`memory_in_subprocess`) after a warm-up.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    before = _peak_resident(reset=True)
+    run()
+    return _peak_resident() - before
+
+
+def _peak_resident(reset: bool = False) -> int:
+    """Peak resident bytes since the last reset.
+
+    ru_maxrss starts from the resident size of the process that spawned this one, so Linux's own mark is used there.
+    """
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
+    except (OSError, AttributeError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def saved_bytes(run: Callable[[], object], present: Iterable[Tensor]) -> int:
+    """Bytes that ``run`` keeps for its backward pass, each storage once, without those of ``present``."""
+    known = {x.untyped_storage().data_ptr() for x in present}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = run()
+    del result
+    return sum(kept.values())
+
+
+Memory = dict[str, tuple[float, float]]
+
+
+def memory_in_subprocess(script: str, arguments: Sequence[str], variant: str) -> Memory:
+    """``{"case dtype": (peak MiB, saved MiB)}`` of one variant, measured in a fresh process of the same script."""
+    # A fixed threshold gives freed tensors back to the system; otherwise they would hide in the baseline.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, script, *arguments, "--memory-of", variant]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        print(f"memory of {variant} not measured: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return {}
+    return {key: tuple(value) for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+# Floors.
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read plus written, of a copy far larger than any cache."""
+    source = torch.empty((2048 if device.type == "cuda" else 128) * MIB, dtype=torch.int8, device=device).fill_(1)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / _median_of(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a large square matrix product on random data."""
+    # A CPU without half-precision units takes seconds for a large product in half precision.
+    n = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / _median_of(lambda: a @ b, device)
+
+
+def _median_of(run: Callable[[], object], device: torch.device) -> float:
+    run()
+    return interleave({"it": {"run": run}}, device, rounds=7, budget=2.0)["it"]["run"].median
+
+
+# The gate.
+
+
+def rms_error(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
+    """Largest ||got - want|| / ||want|| of pairs of tensors; infinite where anything is not finite."""
+    worst = 0.0
+    for x, y in zip(got, want, strict=True):
+        x, y = x.detach().double(), y.detach().double()
+        error = ((x - y).norm() / y.norm().clamp_min(1e-300)).item()
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def limit(dtype: torch.dtype, plain: float) -> float:
+    """The largest error that passes, given that of plain PyTorch in the same dtype."""
+    return FLOAT_LIMIT if dtype == torch.float32 else max(HALF_LIMIT, 2 * plain)
+
+
+# Rows and tables.
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """Fills in ``ratio``: the best baseline's time over the row's, within one case, dtype, phase and launch."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        return row.case, row.dtype, row.phase, row.launch
+
+    best: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        if row.variant != OURS and row.median_ms is not None:
+            best[key(row)] = min(best.get(key(row), math.inf), row.median_ms)
+    return [
+        replace(row, ratio=best[key(row)] / row.median_ms) if row.median_ms is not None and key(row) in best else row
+        for row in rows
+    ]
+
+
+def append_rows(path: Path, rows: Iterable[Row], machine: Machine) -> None:
+    """Adds rows to a CSV file, which is made with its header if need be."""
+    columns = [f.name for f in fields(Row)] + [f.name for f in fields(Machine)]
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            values = {**asdict(row), **asdict(machine)}
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()})
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """A table without the columns that are empty for all rows."""
+    shown: list[tuple[str, Callable[[Row], str]]] = [
+        ("case", lambda r: r.case),
+        ("dtype", lambda r: r.dtype),
+        ("phase", lambda r: r.phase),
+        ("variant", lambda r: r.variant),
+        ("ms", lambda r: "-" if r.median_ms is None else f"{r.median_ms:.4g}"),
+        ("20-80 %", lambda r: "" if r.median_ms is None else f"{r.p20_ms:.4g}-{r.p80_ms:.4g}"),
+        ("ratio", lambda r: "" if r.ratio is None else f"{r.ratio:.2f}"),
+        ("ideal", lambda r: "" if r.ideal is None else f"{r.ideal:.2f}"),
+        ("clips/s", lambda r: "" if r.clips_per_s is None else f"{r.clips_per_s:.3g}"),
+        ("TFLOP/s", lambda r: "" if r.tflops is None else f"{r.tflops:.3g}"),
+        ("matmul", lambda r: "" if r.matmul_share is None else f"{r.matmul_share:.0%}"),
+        ("copy", lambda r: "" if r.copy_share is None else f"{r.copy_share:.0%}"),
+        ("peak MiB", lambda r: "" if r.peak_mib is None else f"{r.peak_mib:.0f}"),
+        ("saved MiB", lambda r: "" if r.saved_mib is None else f"{r.saved_mib:.0f}"),
+        ("error", lambda r: "" if r.error is None else f"{r.error:.1e}"),
+        ("note", lambda r: r.note),
+    ]
+    cells = [[name, *(show(row) for row in rows)] for name, show in shown]
+    cells = [column for column in cells if any(column[1:])]
+    widths = [max(map(len, column)) for column in cells]
+    for line in zip(*cells, strict=True):
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_speedups(rows: Sequence[Row]) -> None:
+    """How many times faster ours is than each variant, over all phases of a step."""
+    for ours in rows:
+        if ours.variant != OURS or ours.phase != "both" or ours.median_ms is None:
+            continue
+        same = (ours.case, ours.dtype, ours.phase, ours.launch)
+        others = [r for r in rows if (r.case, r.dtype, r.phase, r.launch) == same and r.variant != OURS]
+        text = ", ".join(f"{r.median_ms / ours.median_ms:.2f} x {r.variant}" for r in others if r.median_ms is not None)
+        print(f"{ours.case} {ours.dtype} ({ours.launch}): {text}")
+
+
+# Arguments.
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes."""
+    parse = argparse.ArgumentParser(description=description)
+    parse.add_argument("--quick", action="store_true", help="smaller cases and fewer rounds, for two CPU cores")
+    parse.add_argument("--cases", help="comma-separated names, * allowed")
+    parse.add_argument("--variants", help="comma-separated names, * allowed")
+    parse.add_argument("--csv", help="file the rows are added to; default results/<device>/<benchmark>.csv; - for none")
+    parse.add_argument("--threads", type=int, help="CPU threads")
+    parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parse.add_argument("--rounds", type=int, help="timed rounds per case")
+    parse.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parse
+
+
+def chosen(names: Iterable[str], patterns: str | None, hidden: Iterable[str] = ()) -> list[str]:
+    """Names that match, in their order; all but the hidden ones without patterns. Unknown patterns end the program."""
+    names = list(names)
+    if patterns is None:
+        return [name for name in names if name not in hidden]
+    wanted = patterns.split(",")
+    for pattern in wanted:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise SystemExit(f"nothing is called {pattern!r}; there are {', '.join(names)}")
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
+
+
+def finish(name: str, rows: list[Row], machine: Machine, csv_path: str | None) -> int:
+    """Prints the summary, stores rows and picture; the exit code is 1 if the gate refused one of ours."""
+    rows = with_ratios(rows)
+    print()
+    print_speedups(rows)
+    if csv_path != "-":
+        path = Path(csv_path) if csv_path else RESULTS / machine.device / f"{name}.csv"
+        append_rows(path, rows, machine)
+        from plot import plot
+
+        print(f"rows: {path}; picture: {plot(path)}")
+    return int(any(row.variant == OURS and row.median_ms is None for row in rows))
