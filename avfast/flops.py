@@ -6,8 +6,8 @@ products, twice its forward pass, whichever implementation runs: PyTorch's own c
 which recompute the scores, and four to the plain one, and it charges nothing at all to the fused one of the CPU. So a
 block counts the same on the CPU, on `meta` and on a GPU. What activation checkpointing runs twice is counted twice.
 
-Operators of this library register their formula with `torch.utils.flop_counter.register_flop_formula(op, get_raw=True)`
-beside their definition; an operator is opaque to the counter, so what its body runs is not counted again.
+Operators of this library have their formula here; an operator is opaque to the counter, so what its body runs is not
+counted again. What depends on lengths is read from them, and raises where they are not known (boundaries on `meta`).
 """
 
 from __future__ import annotations
@@ -72,10 +72,16 @@ def _loss(result: Any) -> torch.Tensor:
 def _formulas() -> dict[Any, Callable[..., int]]:
     from torch.utils.flop_counter import flop_registry
 
-    aten = torch.ops.aten
+    import avfast.ops  # noqa: F401  defines what torch.ops.avfast holds
+
+    aten, own = torch.ops.aten, torch.ops.avfast
     formulas: dict[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_for_cpu: _raw(_attention),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _raw(_attention_backward),
+        own.packed_attention: _raw(_packed),
+        own.packed_attention_backward: _raw(_packed_backward),
+        own.packed_attention_qkv: _raw(_packed_qkv),
+        own.packed_attention_qkv_backward: _raw(_packed_qkv_backward),
     }
     for name in _FUSED_BACKWARDS:
         op = getattr(aten, name, None)
@@ -98,6 +104,53 @@ def _attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
 ) -> int:
     return 2 * _attention(q, k, v)
+
+
+def _packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    if cu_seqlens_q.is_meta:
+        raise ValueError("the FLOPs of packed attention on meta need lengths: give it a plan made by AttentionPlan.of")
+    lengths_q = cu_seqlens_q.diff()
+    lengths_k = lengths_q if cu_seqlens_k is None else cu_seqlens_k.diff()
+    pairs = int((lengths_q.long() * lengths_k).sum())
+    return 4 * pairs * q.shape[1] * q.shape[2]
+
+
+def _packed_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * _packed(q, k, v, *args)
+
+
+def _packed_qkv(qkv: torch.Tensor, cu_seqlens: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    q, k, v = qkv.unbind(1)
+    return _packed(q, k, v, cu_seqlens, None)
+
+
+def _packed_qkv_backward(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * _packed_qkv(qkv, cu_seqlens)
 
 
 def _without_recomputation(formula: Callable[..., int]) -> Callable[..., int]:

@@ -435,7 +435,7 @@ class AudioVisualMAE(nn.Module):
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, lengths: Sequence[int], sizes: Sequence[int] = ()) -> Tensor:
         """Packed tokens through blocks."""
-        return run_blocks(blocks, x, AttentionPlan.of(lengths), sizes, self.grad_checkpointing)
+        return run_blocks(blocks, x, AttentionPlan.of(lengths, device=x.device), sizes, self.grad_checkpointing)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""

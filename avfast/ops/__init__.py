@@ -1,7 +1,18 @@
 """One file per op: its maths, its shapes and its eager reference."""
 
+from avfast.ops.add_layer_norm import add_layer_norm
 from avfast.ops.info_nce import info_nce
 from avfast.ops.masked_patch_mse import masked_patch_mse
-from avfast.ops.packed_attention import AttentionPlan, packed_attention
+from avfast.ops.packed_attention import AttentionPlan, flash_attn_varlen_func, packed_attention, packed_attention_qkv
+from avfast.ops.patch_embed_kept import patch_embed_kept
 
-__all__ = ["AttentionPlan", "info_nce", "masked_patch_mse", "packed_attention"]
+__all__ = [
+    "AttentionPlan",
+    "add_layer_norm",
+    "flash_attn_varlen_func",
+    "info_nce",
+    "masked_patch_mse",
+    "packed_attention",
+    "packed_attention_qkv",
+    "patch_embed_kept",
+]

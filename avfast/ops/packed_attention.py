@@ -1,49 +1,349 @@
 """Attention within each sequence of a packed batch.
 
 For every sequence s with queries Q_s, keys K_s and values V_s:  O_s = softmax(scale Q_s K_s^T) V_s. No sequence sees
-another, nothing is causal, no padding is computed. The eager reference makes one ``scaled_dot_product_attention``
-call per run of consecutive sequences of equal length, so a batch packed in order of length takes as many calls as it
-has lengths.
+another, nothing is causal, no padding is computed. Empty sequences are legal; rows past the last sequence and queries
+of a sequence without keys give zeros, in outputs and gradients.
+
+Operators: ``avfast::packed_attention`` and ``avfast::packed_attention_qkv`` (one packed ``(T, 3, H, D)`` input whose
+gradient is written in place of a stack), each with its ``_backward``. The eager bodies run anywhere and group sequences
+of equal length; on CUDA devices Triton kernels run, deterministic in both directions. ``torch.func`` transforms do not
+go through custom operators, and there is no second derivative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from avfast import backend
+from avfast.ops import _attention_reference as reference
 
-@dataclass(frozen=True)
+SHORT = 256
+BLOCKS = (64, 128)
+"""Length classes of the kernels: sequences of up to ``SHORT`` rows go in blocks of 64 rows, longer ones in 128."""
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """What depends on lengths only; built once per step and shared by all layers.
 
     Args:
-        lengths_q: queries per sequence, on the host.
-        lengths_k: keys per sequence, default ``lengths_q``.
+        cu_seqlens_q: ``(S + 1,)`` int32 boundaries of the queries' sequences.
+        cu_seqlens_k: the same for keys and values; None in self-attention.
+        work: int32 lists of what the kernels' programs do, see :func:`work_lists`; None where none run.
+        max_seqlen_q: no sequence has more queries; 0 when unknown.
+        max_seqlen_k: likewise for keys.
     """
 
-    lengths_q: tuple[int, ...]
-    lengths_k: tuple[int, ...]
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor | None = None
+    work: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
 
     @classmethod
-    def of(cls, lengths_q: Sequence[int], lengths_k: Sequence[int] | None = None) -> AttentionPlan:
-        """From lengths that are known on the host."""
-        return cls(tuple(lengths_q), tuple(lengths_q if lengths_k is None else lengths_k))
+    def of(
+        cls,
+        lengths_q: Sequence[int],
+        lengths_k: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> AttentionPlan:
+        """From lengths that are known on the host.
+
+        Args:
+            lengths_q: queries per sequence.
+            lengths_k: keys per sequence, default ``lengths_q``.
+            device: of the tokens, default the CPU. For ``meta`` the plan stays there, so that FLOPs can be counted.
+        """
+        cu_seqlens_k = None if lengths_k is None else _boundaries(lengths_k)
+        plan = cls(
+            _boundaries(lengths_q), cu_seqlens_k, None, max(lengths_q, default=0), max(lengths_k or (), default=0)
+        )
+        plan.check()
+        return plan if device is None else plan.to(device)
 
     @classmethod
-    def build(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None) -> AttentionPlan:
-        """From sequence boundaries ``(S + 1,)``; reads them, so it waits for the device."""
-        lengths = cu_seqlens_q.diff().tolist()
-        return cls.of(lengths, None if cu_seqlens_k is None else cu_seqlens_k.diff().tolist())
+    def build(
+        cls,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        *,
+        tokens_q: int | None = None,
+        tokens_k: int | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> AttentionPlan:
+        """From sequence boundaries ``(S + 1,)``, without reading them: no host synchronisation, CUDA graphs capture it.
 
-    def runs(self) -> list[tuple[int, int, int]]:
-        """(sequences, queries each, keys each) of consecutive sequences of equal shape."""
-        pairs = zip(self.lengths_q, self.lengths_k, strict=True)
-        return [(len(list(group)), q, k) for (q, k), group in groupby(pairs)]
+        Args:
+            cu_seqlens_q: boundaries of the queries' sequences.
+            cu_seqlens_k: the same for keys and values, default ``cu_seqlens_q``.
+            tokens_q: rows of q. On a CUDA device each call builds the kernels' work lists anew unless it is given here.
+            tokens_k: rows of k, where there is ``cu_seqlens_k``.
+            max_seqlen_q: no sequence has more queries; saves a launch when at most 256.
+            max_seqlen_k: likewise for keys, where there is ``cu_seqlens_k``.
+        """
+        plan = cls(cu_seqlens_q, cu_seqlens_k, None, max_seqlen_q or 0, max_seqlen_k or 0)
+        plan.check()
+        if tokens_q is None or not cu_seqlens_q.is_cuda:
+            return plan
+        tokens = tokens_q if cu_seqlens_k is None or tokens_k is None else max(tokens_q, tokens_k)
+        return replace(plan, work=work_lists(cu_seqlens_q, cu_seqlens_k, most_items(tokens, len(plan))))
+
+    def check(self) -> None:
+        """Raises ValueError when dtypes or shapes are not those of boundaries."""
+        for name, x in (("cu_seqlens_q", self.cu_seqlens_q), ("cu_seqlens_k", self.cu_seqlens_k)):
+            if x is not None and (x.ndim != 1 or x.shape[0] == 0 or x.dtype != torch.int32):
+                raise ValueError(f"{name} must be int32 of shape (S + 1,), got {x.dtype} {tuple(x.shape)}")
+        if self.cu_seqlens_k is not None and self.cu_seqlens_q.shape != self.cu_seqlens_k.shape:
+            raise ValueError(
+                f"{len(self)} query and {self.cu_seqlens_k.shape[0] - 1} key sequences do not fit each other"
+            )
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return self.cu_seqlens_q.shape[0] - 1
+
+    def to(self, device: torch.device | str) -> AttentionPlan:
+        """On another device, with work lists where kernels use them."""
+        device = torch.device(device)
+        if device.type == "meta" or device.type == self.cu_seqlens_q.device.type == "cpu":
+            return self
+        q, k, work = self.cu_seqlens_q, self.cu_seqlens_k, self.work
+        if work is None and device.type == "cuda" and q.device.type == "cpu":
+            sides = [q.diff()] if k is None else [q.diff(), k.diff()]
+            counts = [int(blocks.sum()) for lengths in sides for blocks in _blocks_per_sequence(lengths)]
+            work = work_lists(q, k, max(1, *counts))
+        return replace(
+            self,
+            cu_seqlens_q=q.to(device, non_blocking=True),
+            cu_seqlens_k=None if k is None else k.to(device, non_blocking=True),
+            work=None if work is None else work.to(device, non_blocking=True),
+        )
+
+
+def _boundaries(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+
+
+def most_items(tokens: int, sequences: int) -> int:
+    """An upper bound of the items of any work list."""
+    return tokens // BLOCKS[0] + sequences + 1
+
+
+def _blocks_per_sequence(lengths: Tensor) -> list[Tensor]:
+    """Per length class, how many blocks each sequence makes."""
+    blocks = [torch.div(lengths + size - 1, size, rounding_mode="floor") for size in BLOCKS]
+    return [blocks[0] * (lengths <= SHORT), blocks[1] * (lengths > SHORT)]
+
+
+def work_lists(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, items: int) -> Tensor:
+    """What the kernels' programs do: ``(4, items, 4)`` int32, on the boundaries' device, without reading them.
+
+    Lists 0 and 1 hold blocks of queries of short and long sequences, lists 2 and 3 blocks of keys; in self-attention
+    these are the same and left out. An item is (first row of the block, end of its sequence, first row of the other
+    side, its end); those with most work come first, and unused ones are zeros.
+
+    Args:
+        cu_seqlens_q: ``(S + 1,)`` boundaries.
+        cu_seqlens_k: ``(S + 1,)`` boundaries, None in self-attention.
+        items: at least the longest list, see :func:`most_items`.
+    """
+    slots = torch.arange(items, device=cu_seqlens_q.device)
+    lists = []
+    q, k = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    for own, other in ((q, k),) if cu_seqlens_k is None else ((q, k), (k, q)):
+        order = other.diff().argsort(descending=True, stable=True)
+        own_begin, own_end, other_begin, other_end = (
+            own[:-1][order],
+            own[1:][order],
+            other[:-1][order],
+            other[1:][order],
+        )
+        for size, blocks in zip(BLOCKS, _blocks_per_sequence(own_end - own_begin), strict=True):
+            if not blocks.shape[0]:
+                lists.append(slots.new_zeros(items, 4))
+                continue
+            ends = blocks.cumsum(0)
+            place = torch.searchsorted(ends, slots, right=True).clamp(max=blocks.shape[0] - 1)
+            first = own_begin[place] + (slots - ends[place] + blocks[place]) * size
+            item = torch.stack([first, own_end[place], other_begin[place], other_end[place]], 1)
+            lists.append(item * (slots < ends[-1])[:, None])
+    return torch.stack(lists).to(torch.int32)
+
+
+def _lists(work: Tensor, keys: bool, max_seqlen: int) -> list[tuple[int, Tensor]]:
+    """(rows per item, items) of the length classes that may hold something."""
+    first = 2 if keys and work.shape[0] == 4 else 0
+    lists = [(BLOCKS[0], work[first])]
+    return lists if 0 < max_seqlen <= SHORT else [*lists, (BLOCKS[1], work[first + 1])]
+
+
+def _work(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: Tensor | None) -> Tensor:
+    if work is not None:
+        return work
+    return work_lists(cu_q, cu_k, most_items(max(q.shape[0], k.shape[0]), cu_q.shape[0] - 1))
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: Tensor | None, max_q: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        if backend.which(q.device) == "reference":
+            return reference.forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, scale)
+        from avfast.kernels import packed_attention as kernels
+
+        out, lse = _like_outputs(q)
+        lists = _lists(_work(q, k, cu_q, cu_k, work), False, max_q)
+        kernels.forward(q, k, v, cu_q[-1:], lists, scale, out, lse)
+        return out, lse
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
+    work: Tensor | None, max_q: int, max_k: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        if backend.which(q.device) == "reference":
+            reference.backward(grad, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, scale, dq, dk, dv)
+            return
+        from avfast.kernels import packed_attention as kernels
+
+        work = _work(q, k, cu_q, cu_k, work)
+        max_k, cu_k = (max_q, cu_q) if cu_k is None else (max_k, cu_k)
+        kernels.backward(
+            grad, q, k, v, out, lse, cu_q[-1:], cu_k[-1:], _lists(work, False, max_q), _lists(work, True, max_k), scale,
+            dq, dk, dv,
+        )  # fmt: skip
+
+
+def _like_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=reference.statistics_dtype(q.dtype), device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("avfast::packed_attention", mutates_args=())
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, work: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, scale)
+
+
+@torch.library.custom_op("avfast::packed_attention_backward", mutates_args=())
+def _op_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None, work: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = _empty(q), _empty(k), _empty(v)
+    _backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, max_seqlen_k, scale, dq, dk, dv)
+    return dq, dk, dv
+
+
+@torch.library.custom_op("avfast::packed_attention_qkv", mutates_args=())
+def _op_qkv(
+    qkv: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv.unbind(1)
+    return _forward(q, k, v, cu_seqlens, None, work, max_seqlen, scale)
+
+
+@torch.library.custom_op("avfast::packed_attention_qkv_backward", mutates_args=())
+def _op_qkv_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    gradient = _empty(qkv)
+    q, k, v = qkv.unbind(1)
+    dq, dk, dv = gradient.unbind(1)
+    _backward(grad, q, k, v, out, lse, cu_seqlens, None, work, max_seqlen, 0, scale, dq, dk, dv)
+    return gradient
+
+
+@_op.register_fake
+def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _like_outputs(q)
+
+
+@_op_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(q), _empty(k), _empty(v)
+
+
+@_op_qkv.register_fake
+def _(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _like_outputs(qkv[:, 0])
+
+
+@_op_qkv_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, *args: Any) -> Tensor:
+    return _empty(qkv)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    tensors = inputs[:6] if len(inputs) == 9 else inputs[:3]
+    ctx.numbers = inputs[len(tensors) :]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
+    *inputs, work, out, lse = ctx.saved_tensors
+    nothing = (None,) * (len(inputs) + 1 + len(ctx.numbers))
+    if grad is None:
+        return nothing
+    if len(inputs) == 2:
+        qkv, cu_seqlens = inputs
+        return (_op_qkv_backward(grad, qkv, out, lse, cu_seqlens, work, *ctx.numbers), *nothing[1:])
+    q, k, v, cu_seqlens_q, cu_seqlens_k = inputs
+    grads = _op_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work, *ctx.numbers)
+    return (*grads, *nothing[3:])
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("packed_attention has no second derivative (double backward)")
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+_op_qkv.register_autograd(_differentiate, setup_context=_save)
+_op_backward.register_autograd(_refuse)
+_op_qkv_backward.register_autograd(_refuse)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """In the dtype that autocast prescribes for matrix products."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _plan(
+    plan: AttentionPlan | None, q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None,
+    max_k: int | None,
+) -> AttentionPlan:  # fmt: skip
+    if plan is None:
+        if cu_q is None:
+            raise ValueError("packed_attention needs cu_seqlens_q or a plan")
+        return AttentionPlan.build(
+            cu_q, cu_k, tokens_q=q.shape[0], tokens_k=k.shape[0], max_seqlen_q=max_q, max_seqlen_k=max_k
+        )
+    return plan if plan.cu_seqlens_q.device == q.device else plan.to(q.device)
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    return head_dim**-0.5 if scale is None else scale
 
 
 def packed_attention(
@@ -52,6 +352,8 @@ def packed_attention(
     v: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
     scale: float | None = None,
     plan: AttentionPlan | None = None,
@@ -59,47 +361,100 @@ def packed_attention(
     """Attention within each packed sequence.
 
     Args:
-        q: ``(Tq, H, D)`` queries.
+        q: ``(Tq, H, D)`` queries, of any strides; in float32, float16, bfloat16, without kernels also float64. Under
+            autocast they are cast as matrix products are. The kernels take D in {16, 32, 64, 80, 128}.
         k: ``(Tk, H, D)`` keys.
         v: ``(Tk, H, D)`` values.
-        cu_seqlens_q: ``(S + 1,)`` int32 boundaries of the queries' sequences.
+        cu_seqlens_q: ``(S + 1,)`` int32 boundaries of the queries' sequences, rising from 0. On a CUDA device nobody
+            reads them on the host, so their values are not checked.
         cu_seqlens_k: the same for keys and values, default ``cu_seqlens_q``.
-        scale: factor of the logits, default ``D ** -0.5``.
-        plan: takes the place of the boundaries and saves reading them.
+        max_seqlen_q: no sequence has more queries; not needed, saves a launch when at most 256.
+        max_seqlen_k: likewise for keys.
+        scale: positive factor of the logits, default ``D ** -0.5``.
+        plan: takes the place of boundaries and maxima, and saves making work lists in each layer.
 
     Returns:
         ``(Tq, H, D)``. Rows past the last sequence are zeros; queries of a sequence without keys give zeros.
 
     Raises:
-        ValueError: on shapes that do not fit, or when neither boundaries nor plan are given.
+        ValueError: on shapes, dtypes or boundaries that do not fit, or when neither boundaries nor plan are given.
     """
-    if plan is None:
-        if cu_seqlens_q is None:
-            raise ValueError("packed_attention needs cu_seqlens_q or a plan")
-        plan = AttentionPlan.build(cu_seqlens_q, cu_seqlens_k)
     if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(f"q, k, v must be (T, H, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    rest_q, rest_k = q.shape[0] - sum(plan.lengths_q), k.shape[0] - sum(plan.lengths_k)
-    if rest_q < 0 or rest_k < 0 or len(plan.lengths_q) != len(plan.lengths_k):
-        raise ValueError(
-            f"{len(plan.lengths_q)} query and {len(plan.lengths_k)} key sequences of {sum(plan.lengths_q)} and "
-            f"{sum(plan.lengths_k)} tokens do not fit q {tuple(q.shape)} and k {tuple(k.shape)}"
-        )
-    groups = plan.runs()
-    sizes_q = [count * length for count, length, _ in groups]
-    sizes_k = [count * length for count, _, length in groups]
-    parts = []
-    for (count, length_q, length_k), qs, ks, vs in zip(
-        groups, q.split([*sizes_q, rest_q]), k.split([*sizes_k, rest_k]), v.split([*sizes_k, rest_k]), strict=False
-    ):
-        if length_q == 0 or length_k == 0:
-            parts.append(torch.zeros_like(qs))
-            continue
-        heads = [
-            x.unflatten(0, (count, n)).transpose(1, 2) for x, n in ((qs, length_q), (ks, length_k), (vs, length_k))
-        ]
-        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-    # The empty slices keep q, k and v in the graph of a process whose batch holds no sequence.
-    parts.append(q.new_zeros(rest_q, *q.shape[1:]) + q[:0].sum() + k[:0].sum() + v[:0].sum())
-    return torch.cat(parts)
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    p = _plan(plan, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    scale = _scale(scale, q.shape[-1])
+    return _op(q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, p.work, p.max_seqlen_q, p.max_seqlen_k, scale)[0]
+
+
+def packed_attention_qkv(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    *,
+    scale: float | None = None,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    """Self-attention from one packed tensor, read in place; its gradient is one tensor as well.
+
+    Args:
+        qkv: ``(T, 3, H, D)``: queries, keys, values.
+        cu_seqlens: ``(S + 1,)`` int32 boundaries.
+        max_seqlen: no sequence is longer.
+        scale: as in :func:`packed_attention`.
+        plan: as in :func:`packed_attention`, with equal queries and keys.
+
+    Returns:
+        ``(T, H, D)``.
+    """
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be (T, 3, H, D), got {tuple(qkv.shape)}")
+    if plan is not None and plan.cu_seqlens_k is not None:
+        raise ValueError("packed_attention_qkv needs a plan of one set of lengths, got one with lengths_k")
+    qkv = _autocast(qkv)
+    p = _plan(plan, qkv, qkv, cu_seqlens, None, max_seqlen, None)
+    return _op_qkv(qkv, p.cu_seqlens_q, p.work, p.max_seqlen_q, _scale(scale, qkv.shape[-1]))[0]
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """:func:`packed_attention` under the signature of flash-attn's function, for people who switch over.
+
+    It is deterministic whether asked or not.
+
+    Raises:
+        NotImplementedError: on dropout, causal or windowed attention, soft capping, ALiBi, paged keys, fewer key heads
+            than query heads, and when the probabilities are asked for.
+    """
+    asked = {
+        f"dropout_p={dropout_p}": dropout_p != 0,
+        "causal=True": causal,
+        f"window_size={tuple(window_size)}": any(size >= 0 for size in window_size),
+        f"softcap={softcap}": softcap != 0,
+        "alibi_slopes": alibi_slopes is not None,
+        "return_attn_probs=True": return_attn_probs,
+        "block_table": block_table is not None,
+        "fewer heads in k than in q": k.shape[1] != q.shape[1],
+    }
+    refused = [name for name, is_asked in asked.items() if is_asked]
+    if refused:
+        raise NotImplementedError(f"packed_attention does not do {', '.join(refused)}")
+    return packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=softmax_scale)

@@ -1,0 +1,62 @@
+"""Which implementation of an op runs: the only dispatch state.
+
+``AVFAST_BACKEND`` or :func:`set_backend` name it: ``auto`` (the default: Triton on CUDA devices, the reference
+elsewhere), ``reference`` (the eager body, any device) or ``triton`` (an error where Triton cannot run; with
+``TRITON_INTERPRET=1`` it runs on the CPU too).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+BACKENDS = ("auto", "reference", "triton")
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_backend = _checked(os.environ.get("AVFAST_BACKEND", "auto"), "AVFAST_BACKEND")
+
+
+def set_backend(name: str) -> None:
+    """``auto``, ``reference`` or ``triton``, for this process.
+
+    Raises:
+        ValueError: on another name.
+    """
+    global _backend
+    _backend = _checked(name, "the backend")
+
+
+def get_backend() -> str:
+    """The name in force."""
+    return _backend
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def which(device: torch.device) -> str:
+    """``reference`` or ``triton``: what an op with both runs on tensors of this device.
+
+    Raises:
+        RuntimeError: ``triton`` was asked for and cannot run there.
+    """
+    if _backend == "reference":
+        return "reference"
+    if _backend == "triton":
+        if not _has_triton():
+            raise RuntimeError("AVFAST_BACKEND=triton: Triton is not installed (pip install triton)")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(f"AVFAST_BACKEND=triton: needs a CUDA device or TRITON_INTERPRET=1, got {device}")
+        return "triton"
+    return "triton" if device.type == "cuda" and _has_triton() else "reference"

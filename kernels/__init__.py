@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op: ``@triton.jit`` functions and their launchers."""
