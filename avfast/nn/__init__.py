@@ -1,13 +1,17 @@
 """Modules over :mod:`avfast.ops`, with timm's argument and parameter names."""
 
-from avfast.nn.block import Mlp, PackedAttention, PackedBlock, run_blocks
+from avfast.nn.block import LayerScale, Mlp, PackedAttention, PackedBlock, run_blocks
 from avfast.nn.decoder import JointDecoder
+from avfast.nn.drop_path import DropPath, KeptSequences
 from avfast.nn.norm import SplitLayerNorm
 from avfast.nn.patch_embed import PatchEmbed, patchify, unpatchify
 from avfast.nn.pos_embed import sincos_2d
 
 __all__ = [
+    "DropPath",
     "JointDecoder",
+    "KeptSequences",
+    "LayerScale",
     "Mlp",
     "PackedAttention",
     "PackedBlock",

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from avfast.nn.norm import SplitLayerNorm
-from avfast.ops import AttentionPlan, packed_attention
+from avfast.nn.drop_path import DropPath
+from avfast.nn.norm import add_norm, apply_norm, layer_norm
+from avfast.ops import AttentionPlan, packed_attention_qkv
 
 
 class PackedAttention(nn.Module):
@@ -34,8 +35,8 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         """``(T, D) -> (T, D)``; the plan holds the sequence lengths."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
-        return self.proj(packed_attention(q, k, v, plan=plan).flatten(1))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return self.proj(packed_attention_qkv(qkv, plan=plan).flatten(1))
 
 
 class Mlp(nn.Module):
@@ -51,8 +52,24 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """Multiplies each channel by a learnt ``gamma``, at first ``init_values``."""
+
+    def __init__(self, dim: int, init_values: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., D) -> (..., D)``."""
+        return x * self.gamma
+
+
 class PackedBlock(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), on packed tokens.
+
+    The addition of the MLP's output is left to the next block, which does it in one pass with its first norm: a block
+    takes and returns the residual stream together with an update that is not yet added. Their sum is what timm's block
+    returns; :func:`run_blocks` hides the pair.
 
     Args:
         dim: D.
@@ -62,8 +79,7 @@ class PackedBlock(nn.Module):
         norm_sets: affine sets of the LayerNorms; with 1 they are plain ``nn.LayerNorm`` and the block has the parameter
             names of timm's.
         eps: of the LayerNorms.
-
-    ``forward(x, plan, sizes)``: ``(T, D) -> (T, D)``; ``sizes`` is needed with several norm sets only.
+        init_values: start of the LayerScale of both branches; without it there is none.
     """
 
     def __init__(
@@ -74,36 +90,84 @@ class PackedBlock(nn.Module):
         qkv_bias: bool = True,
         norm_sets: int = 1,
         eps: float = 1e-6,
+        init_values: float | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = layer_norm(dim, norm_sets, eps)
         self.attn = PackedAttention(dim, num_heads, qkv_bias)
+        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.norm2 = layer_norm(dim, norm_sets, eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, sizes: Sequence[int] = ()) -> Tensor:
-        """``(T, D) -> (T, D)``."""
-        x = x + self.attn(apply_norm(self.norm1, x, sizes), plan)
-        return x + self.mlp(apply_norm(self.norm2, x, sizes))
+    def forward(
+        self,
+        x: Tensor,
+        plan: AttentionPlan,
+        sizes: Sequence[int] = (),
+        update: Tensor | None = None,
+        drop: DropPath | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block.
+
+        Args:
+            x: ``(T, D)`` residual stream.
+            plan: the sequence lengths.
+            sizes: rows of each norm set; needed with several only.
+            update: ``(T, D)`` still to be added to x.
+            drop: which sequences each branch is computed for, see :class:`~avfast.nn.DropPath`.
+
+        Returns:
+            The stream and the update still to be added to it, each ``(T, D)``.
+        """
+        if drop is not None:
+            return self.on_kept_sequences(add(x, update), drop), None
+        normed, x = add_norm(self.norm1, x, update, sizes)
+        update = self.ls1(self.attn(normed, plan))
+        normed, x = add_norm(self.norm2, x, update, sizes)
+        return x, self.ls2(self.mlp(normed))
+
+    def on_kept_sequences(self, x: Tensor, drop: DropPath) -> Tensor:
+        """The block with each branch computed for its kept sequences and scaled up."""
+        kept = drop.attention
+        normed = apply_norm(self.norm1, x[kept.rows], kept.sizes)
+        x = kept.add_to(x, self.ls1(self.attn(normed, kept.plan)))
+        kept = drop.mlp
+        normed = apply_norm(self.norm2, x[kept.rows], kept.sizes)
+        return kept.add_to(x, self.ls2(self.mlp(normed)))
 
 
-def layer_norm(dim: int, sets: int, eps: float) -> nn.Module:
-    """A plain LayerNorm for one affine set, else a :class:`SplitLayerNorm`."""
-    return nn.LayerNorm(dim, eps=eps) if sets == 1 else SplitLayerNorm(dim, sets, eps)
-
-
-def apply_norm(norm: nn.Module, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Call either kind."""
-    return norm(x, sizes) if isinstance(norm, SplitLayerNorm) else norm(x)
+def add(x: Tensor, update: Tensor | None) -> Tensor:
+    """``x + update``; no update counts as zero."""
+    return x if update is None else x + update
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, plan: AttentionPlan, sizes: Sequence[int] = (), recompute: bool = False
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    plan: AttentionPlan,
+    sizes: Sequence[int] = (),
+    recompute: bool = False,
+    drops: Sequence[DropPath] | None = None,
 ) -> Tensor:
-    """Packed tokens ``(T, D)`` through blocks; with ``recompute`` activations are not kept for the backward."""
-    for block in blocks:
+    """Packed tokens ``(T, D)`` through blocks.
+
+    Args:
+        blocks: :class:`PackedBlock` modules.
+        x: ``(T, D)``.
+        plan: the sequence lengths.
+        sizes: rows of each norm set; needed with several only.
+        recompute: keep one tensor per block for the backward and compute the rest again.
+        drops: stochastic depth of each block; default none.
+
+    Returns:
+        ``(T, D)``.
+    """
+    update = None
+    for i, block in enumerate(blocks):
+        drop = None if drops is None else drops[i]
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, plan, sizes, use_reentrant=False)
+            x, update = checkpoint(block, add(x, update), plan, sizes, None, drop, use_reentrant=False)
         else:
-            x = block(x, plan, sizes)
-    return x
+            x, update = block(x, plan, sizes, update, drop)
+    return add(x, update)

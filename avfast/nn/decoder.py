@@ -79,6 +79,7 @@ class JointDecoder(nn.Module):
         x = self.mask_token.to(tokens.dtype).expand(batch, total, -1).flatten(0, 1).index_copy(0, places, tokens)
         positions = torch.cat([self.pos_embed_a + self.modality_a, self.pos_embed_v + self.modality_v], 1)
         x = (x.unflatten(0, (batch, total)) + positions).flatten(0, 1)
-        x = run_blocks(self.blocks, x, AttentionPlan.of((total,) * batch), recompute=self.grad_checkpointing)
+        plan = AttentionPlan.of((total,) * batch, device=x.device)
+        x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing)
         x = self.norm(x).unflatten(0, (batch, total))
         return self.pred_a(x[:, : self.num_audio]), self.pred_v(x[:, self.num_audio :])

@@ -1,4 +1,4 @@
-"""LayerNorm with an affine set per group of rows."""
+"""LayerNorm with an affine set per group of rows, alone or together with the residual addition before it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from avfast.ops.add_layer_norm import add_layer_norm, check_sizes
 
 
 class SplitLayerNorm(nn.Module):
@@ -31,9 +33,7 @@ class SplitLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """Normalise ``(T, D)``; ``sizes`` gives the rows of each group and adds up to T."""
-        if len(sizes) != self.sets:
-            raise ValueError(f"this SplitLayerNorm has {self.sets} affine sets, got {len(sizes)} group sizes")
-        groups = x.split(list(sizes))
+        groups = x.split(check_sizes(sizes, self.sets, x.shape[0]))
         return torch.cat(
             [F.layer_norm(part, (self.dim,), self.weight[i], self.bias[i], self.eps) for i, part in enumerate(groups)]
         )
@@ -41,3 +41,21 @@ class SplitLayerNorm(nn.Module):
     def extra_repr(self) -> str:
         """For ``print(module)``."""
         return f"{self.dim}, sets={self.sets}, eps={self.eps}"
+
+
+def layer_norm(dim: int, sets: int, eps: float) -> nn.Module:
+    """A plain LayerNorm for one affine set, else a :class:`SplitLayerNorm`."""
+    return nn.LayerNorm(dim, eps=eps) if sets == 1 else SplitLayerNorm(dim, sets, eps)
+
+
+def apply_norm(norm: nn.Module, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Call either kind."""
+    return norm(x, sizes) if isinstance(norm, SplitLayerNorm) else norm(x)
+
+
+def add_norm(norm: nn.Module, x: Tensor, update: Tensor | None, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``norm(x + update)`` and ``x + update`` for either kind; no update counts as zero."""
+    if update is None:
+        return apply_norm(norm, x, sizes), x
+    own = sizes if isinstance(norm, SplitLayerNorm) else None
+    return add_layer_norm(x, update, norm.weight, norm.bias, own, norm.eps)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avfast.ops.patch_embed_kept import patch_embed_kept
+
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """``(B, C, H, W)`` to ``(B, N, P)`` patches, row-major; the P = p * p * C values of a patch run (row, column,
@@ -61,9 +63,9 @@ class PatchEmbed(nn.Module):
                 f"expected (B, {self.proj.in_channels}, {self.img_size[0]}, {self.img_size[1]}), "
                 f"got {tuple(images.shape)}"
             )
+        if rows is not None:
+            return patch_embed_kept(images, self.proj.weight, self.proj.bias, rows)
         p, (height, width) = self.patch_size, self.grid_size
         cut = images[..., : height * p, : width * p].unflatten(2, (height, p)).unflatten(4, (width, p))
         patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
-        if rows is not None:
-            patches = patches.index_select(0, rows)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
