@@ -19,6 +19,7 @@ import common
 import torch
 import torch.nn.functional as F
 from common import OURS, Row
+from memory import MIB, Memory, memory_in_subprocess, peak_memory, saved_bytes
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,6 +31,7 @@ from avfast.packing import cumulative, runs
 AUDIO_PATCHES, VISUAL_PATCHES = 512, 196
 RAGGED = (389, 104, 251, 317, 142, 371, 198, 263, 120, 344, 229, 167, 302, 110, 276, 331)
 MIXES = {"mix-0-50": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), "mix-0-80": (0.0, 0.2, 0.4, 0.6, 0.8)}
+WORK = {"forward": 1, "backward": 2, "both": 3}
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -334,20 +336,18 @@ def measure(
     steps = {name: variant.phases() for name, variant in good.items()}
     if graph:
         steps = {name: {"both": common.graphed(variant.both)} for name, variant in good.items()}
-    work = {"forward": 1, "backward": 2, "both": 3}
     for name, timings in common.interleave(steps, device, rounds=rounds, budget=budget).items():
         for phase, timing in timings.items():
-            row = replace(blank, variant=name, phase=phase, error=errors[name]).timed(timing)
-            rows.append(replace(row, tflops=work[phase] * case.flops / timing.median / 1e12))
+            rows.append(replace(blank, variant=name, phase=phase, error=errors[name]).timed(timing))
     return rows, good
 
 
 def memory(variant: Variant, device: torch.device) -> tuple[float, float]:
     """MiB of a step at its peak, and kept for the backward pass."""
     variant.both()
-    peak = common.peak_memory(variant.both, device)
-    saved = common.saved_bytes(lambda: variant.call(*variant.leaves), variant.leaves)
-    return peak / common.MIB, saved / common.MIB
+    peak = peak_memory(variant.both, device)
+    saved = saved_bytes(lambda: variant.call(*variant.leaves), variant.leaves)
+    return peak / MIB, saved / MIB
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -355,13 +355,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parse.add_argument("--dtypes", help="comma-separated, default float32 and bfloat16, bfloat16 on CUDA")
     parse.add_argument("--tokens", type=int, help="about this many per case, default 16384, on the CPU 3136, quick 784")
     parse.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
-    parse.add_argument("--deterministic", action="store_true", help="ask for it, and compare 30 runs of ours bit by bit")
+    parse.add_argument("--deterministic", action="store_true", help="ask for it; compare 30 runs of ours bit by bit")
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse.parse_args(argv)
-    device = torch.device(args.device)
+    device = common.begin(args)
     cuda = device.type == "cuda"
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(args.deterministic)
     cases = all_cases(args.tokens or (16384 if cuda else 784 if args.quick else 3136))
     cases = {name: cases[name] for name in common.chosen(cases, args.cases, hidden=["tiny"])}
@@ -384,30 +382,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(found))
         return 0
 
-    machine = common.Machine.here(device)
-    copy, rates = common.copy_bandwidth(device), {d: common.matmul_rate(device, d) for d in dtypes.values()}
-    print(machine)
-    print(f"copy {copy / 1e9:.4g} GB/s;", ", ".join(f"{d} matmul {r / 1e12:.4g} TFLOP/s" for d, r in rates.items()))
-    used: dict[str, common.Memory] = {}
+    machine, floors = common.header(device, dtypes.values())
+    used: dict[str, Memory] = {}
     if not cuda:
-        used = {name: common.memory_in_subprocess(__file__, argv, name) for name in names if _runs_on_cpu(name)}
+        used = {name: memory_in_subprocess(__file__, argv, name) for name in names if _runs_on_cpu(name)}
     rows: list[Row] = []
     rounds, budget = args.rounds or (50 if cuda else 5 if args.quick else 15), 2.0 if args.quick else 20.0
     for case, dtype in todo:
         new, variants = measure(case, dtype, device, names, rounds, budget, args.graph)
-        moved = {"forward": 1, "backward": 2, "both": 3}
         for i, row in enumerate(new):
-            if row.median_ms is None:
+            times = WORK[row.phase]
+            new[i] = floors.share(row, dtype, times * case.flops, times * case.bytes(dtype))
+            if row.phase != "both" or row.median_ms is None:
                 continue
-            bandwidth = moved[row.phase] * case.bytes(dtype) / row.median_ms * 1e3
-            new[i] = replace(row, matmul_share=row.tflops * 1e12 / rates[dtype], copy_share=bandwidth / copy)
-            found = used.get(row.variant, {}).get(f"{case.name} {dtype}")
-            if row.phase == "both" and cuda:
-                found = memory(variants[row.variant], device)
-            if row.phase == "both" and found:
+            key = f"{case.name} {dtype}"
+            found = memory(variants[row.variant], device) if cuda else used.get(row.variant, {}).get(key)
+            if found:
                 new[i] = replace(new[i], peak_mib=found[0], saved_mib=found[1])
         if args.deterministic and OURS in variants and not repeats_bitwise(variants[OURS]):
-            new = [replace(row, median_ms=None, note="REFUSED: runs differ") if row.variant == OURS else row for row in new]
+            refused = {"median_ms": None, "note": "REFUSED: runs differ"}
+            new = [replace(row, **refused) if row.variant == OURS else row for row in new]
         print()
         common.print_rows(common.with_ratios(new))
         rows += new

@@ -1,18 +1,15 @@
-"""What the benchmarks share: timing, memory, measured floors, the correctness gate, rows, tables and arguments."""
+"""What the benchmarks share: timing, measured floors, the correctness gate, rows, tables and arguments."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import gc
-import json
 import math
-import os
 import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,12 +17,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from memory import MIB
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "avfast"
 HALF_LIMIT, FLOAT_LIMIT = 0.005, 1e-5
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -223,74 +220,6 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-# Memory.
-
-
-def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that ``run`` needs at its peak beyond what was there before.
-
-    On the CPU call it in a process of its own (:func:`memory_in_subprocess`) after a warm-up.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    before = _peak_resident(reset=True)
-    run()
-    return _peak_resident() - before
-
-
-def _peak_resident(reset: bool = False) -> int:
-    """Peak resident bytes since the last reset.
-
-    ru_maxrss starts from the resident size of the process that spawned this one, so Linux's own mark is used there.
-    """
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
-    except (OSError, AttributeError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def saved_bytes(run: Callable[[], object], present: Iterable[Tensor]) -> int:
-    """Bytes that ``run`` keeps for its backward pass, each storage once, without those of ``present``."""
-    known = {x.untyped_storage().data_ptr() for x in present}
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = run()
-    del result
-    return sum(kept.values())
-
-
-Memory = dict[str, tuple[float, float]]
-
-
-def memory_in_subprocess(script: str, arguments: Sequence[str], variant: str) -> Memory:
-    """``{"case dtype": (peak MiB, saved MiB)}`` of one variant, measured in a fresh process of the same script."""
-    # A fixed threshold gives freed tensors back to the system; otherwise they would hide in the baseline.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, script, *arguments, "--memory-of", variant]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        print(f"memory of {variant} not measured: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return {}
-    return {key: tuple(value) for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
-
-
 # Floors.
 
 
@@ -336,14 +265,14 @@ def limit(dtype: torch.dtype, plain: float) -> float:
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """Fills in ``ratio``: the best baseline's time over the row's, within one case, dtype, phase and launch."""
+    """Fills in ``ratio``: the best baseline's time, however launched, over the row's, in one case, dtype and phase."""
 
     def key(row: Row) -> tuple[str, ...]:
-        return row.case, row.dtype, row.phase, row.launch
+        return row.case, row.dtype, row.phase
 
     best: dict[tuple[str, ...], float] = {}
     for row in rows:
-        if row.variant != OURS and row.median_ms is not None:
+        if not row.variant.startswith(OURS) and row.median_ms is not None:
             best[key(row)] = min(best.get(key(row), math.inf), row.median_ms)
     return [
         replace(row, ratio=best[key(row)] / row.median_ms) if row.median_ms is not None and key(row) in best else row
@@ -397,10 +326,11 @@ def print_speedups(rows: Sequence[Row]) -> None:
     for ours in rows:
         if ours.variant != OURS or ours.phase != "both" or ours.median_ms is None:
             continue
-        same = (ours.case, ours.dtype, ours.phase, ours.launch)
-        others = [r for r in rows if (r.case, r.dtype, r.phase, r.launch) == same and r.variant != OURS]
-        text = ", ".join(f"{r.median_ms / ours.median_ms:.2f} x {r.variant}" for r in others if r.median_ms is not None)
-        print(f"{ours.case} {ours.dtype} ({ours.launch}): {text}")
+        same = (ours.case, ours.dtype, ours.phase)
+        others = [r for r in rows if (r.case, r.dtype, r.phase) == same and not r.variant.startswith(OURS)]
+        text = [f"{r.median_ms / ours.median_ms:.2f} x {r.variant} ({r.launch})" for r in others if r.median_ms]
+        if text:
+            print(f"{ours.case} {ours.dtype} ({ours.launch}): {', '.join(text)}")
 
 
 # Arguments.
@@ -430,6 +360,39 @@ def chosen(names: Iterable[str], patterns: str | None, hidden: Iterable[str] = (
         if not any(fnmatch(name, pattern) for name in names):
             raise SystemExit(f"nothing is called {pattern!r}; there are {', '.join(names)}")
     return [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Bytes per second of a copy, FLOP per second of a matrix product by dtype."""
+
+    copy: float
+    matmul: dict[torch.dtype, float]
+
+    def share(self, row: Row, dtype: torch.dtype, flops: float, moved: float | None = None) -> Row:
+        """``row`` with its rates, for so much useful work."""
+        if row.median_ms is None:
+            return row
+        seconds = row.median_ms / 1e3
+        shares = {"tflops": flops / seconds / 1e12, "matmul_share": flops / seconds / self.matmul[dtype]}
+        return replace(row, **shares, copy_share=None if moved is None else moved / seconds / self.copy)
+
+
+def begin(args: argparse.Namespace) -> torch.device:
+    """Sets threads; returns the device."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return torch.device(args.device)
+
+
+def header(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[Machine, Floors]:
+    """Measures the floors and prints where this runs."""
+    machine = Machine.here(device)
+    floors = Floors(copy_bandwidth(device), {dtype: matmul_rate(device, dtype) for dtype in dtypes})
+    print(", ".join(f"{name} {value}" for name, value in asdict(machine).items()))
+    rates = ", ".join(f"{dtype} matmul {rate / 1e12:.4g} TFLOP/s" for dtype, rate in floors.matmul.items())
+    print(f"copy {floors.copy / 1e9:.4g} GB/s, {rates}", flush=True)
+    return machine, floors
 
 
 def finish(name: str, rows: list[Row], machine: Machine, csv_path: str | None) -> int:
