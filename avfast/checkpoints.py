@@ -285,4 +285,5 @@ def ast(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     )
     if "patch_embed.proj.weight" not in weights:
         raise ValueError(f"no AST checkpoint: expected keys v.*, found {listed(list(state), 5)}")
-    return weights
+    classes = 2 if "v.dist_token" in state else 1
+    return weights | {"pos_embed": weights["pos_embed"][:, classes:]}

@@ -73,10 +73,13 @@ def test_an_ast_checkpoint_starts_the_shared_encoder():
     state = {f"v.{k}": v for k, v in vit.state_dict().items()}
     state["v.patch_embed.proj.weight"] = state["v.patch_embed.proj.weight"].sum(1, keepdim=True)
     state |= {"v.dist_token": torch.zeros(1, 1, 192), "mlp_head.0.weight": torch.zeros(192)}
+    state["v.pos_embed"] = torch.arange(1214.0)[None, :, None].expand(1, -1, 192)  # two class tokens, 12 x 101 patches
     model = AVSiam.from_timm(VIT, pretrained=False, **SETTINGS)
     model.load_vit(checkpoints.ast(state))
     kernel = state["v.patch_embed.proj.weight"]
     assert torch.equal(model.patch_embed_a.proj.weight, kernel)
+    for table in (model.pos_embed[0, :, 0], model.pos_embed_a[0, :, 0]):
+        assert torch.equal(table, 2 + torch.arange(len(table)) * 1212 // len(table))
     assert_close("visual kernel", model.patch_embed.proj.weight.sum(1, keepdim=True), kernel, 1e-6)
     with pytest.raises(ValueError, match="unknown keys"):
         checkpoints.ast({"w.blocks": torch.zeros(1)})

@@ -7,7 +7,7 @@ from avfast.train import config as settings
 from avfast.train.__main__ import main, resolve
 from avfast.train.config import Config, SettingError, fields, from_dict, from_json
 from avfast.train.evaluate import main as evaluate
-from avfast.train.recipes import RECIPES
+from avfast.train.recipes import RECIPES, demo
 from avfast.train.trainer import learning_rate
 
 
@@ -63,8 +63,8 @@ def test_flags():
     assert changed.deterministic and not changed.tensorboard and not changed.evaluate
     assert changed.data == ("a b", "c,d") and changed.eval_data == ("x", "y")
     assert changed.steps is None and changed.clip_grad is None and changed.epochs == 3.0
-    assert changed.model_args == {"depth": 4, "mask_ratios": [0, 0.5], "norm_pix": False}
-    assert resolve(["--model_args", '{"depth": 2}']).model_args == {"depth": 2}
+    assert changed.model_args == demo().model_args | {"depth": 4, "mask_ratios": [0, 0.5], "norm_pix": False}
+    assert resolve(["--model_args", '{"depth": 2}']).model_args == demo().model_args | {"depth": 2}
 
 
 @pytest.mark.parametrize(

@@ -296,18 +296,21 @@ class AVSiam(AudioVisualMAE):
     def load_vit(self, state: Mapping[str, Tensor]) -> None:
         """Take encoder weights from a ViT's state dict (timm's names) and restart what derives from them.
 
-        A one-channel patch kernel, as AST's, is taken for audio and spread over RGB for frames.
+        A one-channel patch kernel, as AST's, is taken for audio and spread over RGB for frames; positions of another
+        grid are resized as audio's are.
         """
         state = dict(state)
         kernel = state.pop("patch_embed.proj.weight")
         colour = kernel if kernel.shape[1] == 3 else kernel.expand(-1, 3, -1, -1) / 3
-        positions = state.pop("pos_embed")[:, -self.patch_embed.num_patches :]
+        positions = state.pop("pos_embed")
+        if positions.shape[1] == self.patch_embed.num_patches + 1:
+            positions = positions[:, 1:]  # the class token's
         self.patch_embed.proj.weight.copy_(colour)
         self.patch_embed_a.proj.weight.copy_(kernel.mean(1, keepdim=True))
         for embed in (self.patch_embed, self.patch_embed_a):
             embed.proj.bias.copy_(state["patch_embed.proj.bias"])
-        self.pos_embed.copy_(positions)
-        self.pos_embed_a.copy_(F.interpolate(positions.mT, self.patch_embed_a.num_patches).mT)
+        for table in (self.pos_embed, self.pos_embed_a):
+            table.copy_(F.interpolate(positions.mT, table.shape[1]).mT)
         encoder = {k: v for k, v in state.items() if k.startswith(("blocks.", "norm."))}
         for target in (self.encoder, self.encoder_a):
             if target is not None:
