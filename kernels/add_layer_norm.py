@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements per program or, in the backward, per step of its loop
 PARTIALS = 512  # chunks per affine set in the backward: four per multiprocessor of an H100 or H200
 
 
@@ -99,7 +100,7 @@ def forward(
     total = x.new_empty((rows, dim), dtype=torch.promote_types(x.dtype, residual.dtype))
     normed = x.new_empty((rows, dim), dtype=dtype)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    shape = tile(dim, 4096)
+    shape = tile(dim, FORWARD_TILE)
     first = 0
     for group, size in enumerate(sizes):
         if size:
@@ -130,7 +131,7 @@ def backward(
     write = x_dtype != residual_dtype
     grad_residual = total.new_empty((rows, dim) if write else (0,), dtype=residual_dtype)
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
-    shape = tile(dim, 2048)
+    shape = tile(dim, BACKWARD_TILE)
     first = 0
     for group, size in enumerate(sizes):
         if size:

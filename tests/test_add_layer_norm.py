@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import compile_for_hopper
 from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from avfast import backend
 from avfast.ops import add_layer_norm
@@ -51,9 +53,9 @@ def random_inputs(sizes, dim, dtype=torch.float64, residual_dtype=None):
 def check(call, inputs, sizes, tol):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     got, want = call(*inputs, sizes, 1e-3), naive(*exact, sizes, 1e-3)
-    factors = [torch.randn(out.shape, dtype=torch.float64) for out in want]
-    grads = torch.autograd.grad(got, inputs, [f.to(out.dtype) for f, out in zip(factors, got, strict=True)])
-    exact_grads = torch.autograd.grad(want, exact, factors, materialize_grads=True)
+    factors = [torch.randn(len(out), out.shape[1] + 3).to(out.dtype)[:, 2:-1] for out in got]  # not contiguous
+    grads = torch.autograd.grad(got, inputs, factors)
+    exact_grads = torch.autograd.grad(want, exact, [f.double() for f in factors], materialize_grads=True)
     scale = max([g.abs().max().item() for g in exact_grads if g.numel()], default=1.0)
     for name, a, b in zip(("normed", "sum"), got, want, strict=True):
         assert_close(name, a, b, tol)
@@ -84,7 +86,6 @@ def test_many_rows_are_added_up_over_many_partial_sums():
     check(operator, random_inputs(sizes, 8, torch.float32), sizes, 1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="is the run itself")
 def test_the_kernels_under_the_interpreter():
     pytest.importorskip("triton")
@@ -149,6 +150,25 @@ def test_eager_equals_compiled_in_dtype_and_value_with_and_without_autocast(dtyp
         assert_close("eager", b, c, 4 * max(torch.finfo(t).eps for t in (b.dtype, want[1].dtype)))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="compares the two PyTorch paths")
+@pytest.mark.parametrize("call", [composed, operator])
+def test_new_group_sizes_recompile_once(call):
+    weight, bias = torch.randn(2, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+
+    def step(audio, visual):
+        x = torch.cat([audio, visual])
+        return call(x, 2 * x, weight, bias, [audio.shape[0], visual.shape[0]], 1e-6)[0].square().mean()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for rows in ((5, 9), (7, 4), (12, 3), (2, 30), (6, 6)):
+        parts = [torch.randn(n, 8) for n in rows]
+        loss = compiled(*parts)
+        assert_close("loss", loss, step(*parts), 1e-6)
+        loss.backward()
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -161,6 +181,41 @@ def test_eager_equals_compiled_in_dtype_and_value_with_and_without_autocast(dtyp
 def test_errors_name_the_shapes(arguments, message):
     with pytest.raises(ValueError, match=message):
         add_layer_norm(*arguments(torch.randn(5, 4), torch.randn(2, 4)))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted functions do not compile")
+@pytest.mark.parametrize("dim", [192, 768, 4096])
+@pytest.mark.parametrize("stream, update", [("fp32", "bf16"), ("fp32", "fp32"), ("fp16", "fp16")])
+def test_the_kernels_compile_for_hopper_without_spills(dim, stream, update):
+    pytest.importorskip("triton")
+    from avfast.kernels import add_layer_norm as kernels
+
+    statistics = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "weight_ptr": "*fp32"}
+    stream_, update_ = f"*{stream}", f"*{update}"
+    forward = {"x_ptr": stream_, "residual_ptr": update_, "normed_ptr": update_, "total_ptr": stream_}
+    constants = kernels.tile(dim, kernels.FORWARD_TILE)
+    warps = constants.pop("num_warps")
+    types = {**statistics, **forward, "bias_ptr": "*fp32", "eps": "fp32"}
+    usage = compile_for_hopper(kernels.forward_kernel, types, constants, warps)
+    assert usage.stack == 0 and max(usage.accesses) == 128, usage
+    gradients = {"grad_normed_ptr": update_, "grad_total_ptr": stream_, "grad_x_ptr": stream_}
+    partials = {"partial_weight_ptr": "*fp32", "partial_bias_ptr": "*fp32"}
+    constants = {**kernels.tile(dim, kernels.BACKWARD_TILE), "WRITE_RESIDUAL": stream != update}
+    warps = constants.pop("num_warps")
+    types = {**statistics, **gradients, **partials, "total_ptr": stream_, "grad_residual_ptr": update_}
+    usage = compile_for_hopper(kernels.backward_kernel, types, constants, warps)
+    assert usage.stack == 0 and max(usage.accesses) == 128, usage
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted functions do not compile")
+def test_a_spill_would_be_seen():
+    pytest.importorskip("triton")
+    from avfast.kernels import add_layer_norm as kernels
+
+    pointers = [name for name in kernels.backward_kernel.arg_names if name.endswith("_ptr")]
+    constants = {"D": 2048, "BLOCK_D": 2048, "ROWS": 2, "WRITE_RESIDUAL": True}
+    usage = compile_for_hopper(kernels.backward_kernel, dict.fromkeys(pointers, "*fp32"), constants, 1)
+    assert usage.stack > 0, usage
 
 
 @pytest.mark.gpu

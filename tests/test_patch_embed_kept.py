@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled import compile_for_hopper
 from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,7 +78,6 @@ def test_the_operator_in_float32(shape, patch):
             check(operator, images, patch, rows, 1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="is the run itself")
 def test_the_kernel_under_the_interpreter():
     pytest.importorskip("triton")
@@ -128,6 +128,19 @@ def test_the_module_embeds_kept_patches_or_all():
 def test_errors_name_the_shapes(arguments, message):
     with pytest.raises(ValueError, match=message):
         patch_embed_kept(*arguments(torch.randn(2, 3, 8, 8), torch.randn(6, 3, 4, 4), torch.arange(3)))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted functions do not compile")
+@pytest.mark.parametrize("patch, channels", [(16, 1), (16, 3), (14, 3)])
+def test_the_kernel_compiles_for_hopper_without_spills(patch, channels):
+    triton = pytest.importorskip("triton")
+    from avfast.kernels.patch_embed_kept import gather_kernel
+
+    values = channels * patch**2
+    constants = {"P": patch, "VALUES": values, "BLOCK": triton.next_power_of_2(values)}
+    types = {"images_ptr": "*fp32", "rows_ptr": "*i64", "out_ptr": "*bf16"}
+    usage = compile_for_hopper(gather_kernel, types, constants, 4)
+    assert usage.stack == 0 and usage.registers <= 64, usage
 
 
 @pytest.mark.gpu
