@@ -241,8 +241,7 @@ def compare(setting: Setting, bench: Bench, floors: common.Floors, memory: dict[
 
 
 def step_memory(step: Step, device: torch.device) -> tuple[float, float]:
-    """MiB of a step at its peak, gradients included, and kept for the backward pass."""
-    step.both()
+    """MiB of a warm step at its peak, gradients included, and kept for the backward pass."""
     step.module.zero_grad(set_to_none=True)
     peak = peak_memory(step.both, device)
     saved = saved_bytes(step.loss, step.module.parameters())
@@ -348,11 +347,13 @@ def measured_memory(setting: Setting, cases: Sequence[str], variant: str, quick:
     """In a process of its own: a schedule in all cases, or all steps of ``models`` or ``masking``."""
     if variant in ("models", "masking"):
         _, _, steps = costs(_tiny(setting, quick), variant)
+        next(iter(steps.values())).both()
         return {name: step_memory(step, setting.device) for name, step in steps.items()}
-    found = {}
+    setting, found = replace(setting, compile=False), {}
+    schedules(setting, "tiny").losses[variant, "eager"].both()
     for case in cases:
         if case not in ("models", "masking"):
-            bench = schedules(replace(setting, compile=False), case)
+            bench = schedules(setting, case)
             found[bench.row.case] = step_memory(bench.losses[variant, "eager"], setting.device)
     return found
 

@@ -129,14 +129,16 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """Short commit, with a + when the measured sources differ from it."""
+    """Short commit, with a + when the measured sources differ from it; AVFAST_COMMIT where there is no repository."""
     run = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True}
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run)
         status = subprocess.run(["git", "status", "--porcelain", "--", "avfast", "kernels", "benchmarks/*.py"], **run)
     except OSError:
-        return "unknown"
-    return "unknown" if head.returncode else head.stdout.strip() + ("+" if status.stdout.strip() else "")
+        return os.environ.get("AVFAST_COMMIT", "unknown")
+    if head.returncode:
+        return os.environ.get("AVFAST_COMMIT", "unknown")
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 # Timing.
