@@ -6,6 +6,7 @@ import argparse
 import csv
 import gc
 import math
+import os
 import platform
 import re
 import statistics
