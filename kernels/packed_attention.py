@@ -35,7 +35,7 @@ def _rows(
     mask = begin + i < end
     if D < BLOCK_D:
         mask = mask & (d < D)
-    x = tl.load(pointer + begin.to(tl.int64) * stride + i * stride + d, mask=mask, other=0.0)
+    x = tl.load(pointer + tl.cast(begin, tl.int64) * stride + i * stride + d, mask=mask, other=0.0)
     if UPCAST:
         x = x.to(tl.float32)
     return x
@@ -48,7 +48,7 @@ def _store_rows(pointer, x, begin, end, stride, D: tl.constexpr, BLOCK: tl.const
     mask = begin + i < end
     if D < BLOCK_D:
         mask = mask & (d < D)
-    tl.store(pointer + begin.to(tl.int64) * stride + i * stride + d, x.to(pointer.dtype.element_ty), mask=mask)
+    tl.store(pointer + tl.cast(begin, tl.int64) * stride + i * stride + d, x.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -217,11 +217,15 @@ def tile(kernel: str, head_dim: int, dtype: torch.dtype, block: int) -> Tile:
     have not been taken yet.
     """
     if dtype == torch.float32:
-        return Tile(min(block, 64), 32, 4, 2) if head_dim <= 64 else Tile(32, 32, 4, 2)
+        if head_dim <= 64:
+            return Tile(64, 16 if kernel == "dkv" else 32, 4, 2)
+        return Tile(16, 16 if kernel == "dkv" else 32, 4, 2)
     warps = 4 if block == 64 else 8
-    if head_dim <= 64:
-        return Tile(block, 64, warps, 3 if kernel == "forward" and block > 64 else 2)
-    return Tile(block, 64, warps, 2) if kernel == "forward" else Tile(block, 32, warps, 2)
+    if head_dim > 64:
+        return Tile(block, 64 if kernel == "forward" and block > 64 else 32, warps, 2)
+    if kernel == "dkv":
+        return Tile(block, 32 if block == 64 else 64, warps, 2)
+    return Tile(block, 64, warps, 3 if kernel == "forward" and block > 64 else 2)
 
 
 def constants(kernel: str, head_dim: int, dtype: torch.dtype, block: int, upcast: bool = False) -> dict:

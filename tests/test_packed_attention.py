@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import assert_close
+import torch.nn.functional as F
+from helpers import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avfast.ops import AttentionPlan, packed_attention
+from avfast import backend, flops
+from avfast.ops import AttentionPlan, flash_attn_varlen_func, packed_attention, packed_attention_qkv
+from avfast.ops.packed_attention import most_items, work_lists
 from avfast.packing import cumulative
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def naive(q, k, v, lengths_q, lengths_k, scale):
     """Softmax attention written out, one sequence and one head at a time."""
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())
     begin_q = begin_k = 0
     for n, m in zip(lengths_q, lengths_k, strict=True):
         for head in range(q.shape[1]):
@@ -23,33 +35,104 @@ def naive(q, k, v, lengths_q, lengths_k, scale):
     return out
 
 
+def plain(q, k, v, lengths_q, lengths_k, scale):
+    """What PyTorch makes of it in the dtype given, sequence by sequence."""
+    out = torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())
+    begin_q = begin_k = 0
+    for n, m in zip(lengths_q, lengths_k, strict=True):
+        if n and m:
+            parts = q[begin_q : begin_q + n], k[begin_k : begin_k + m], v[begin_k : begin_k + m]
+            one = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in parts), scale=scale)
+            out[begin_q : begin_q + n] = one[0].transpose(0, 1)
+        begin_q, begin_k = begin_q + n, begin_k + m
+    return out
+
+
+def outcome(attend, inputs, weight):
+    """Output and gradients of q, k, v for a loss that is linear in the output."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = attend(*inputs)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs, materialize_grads=True)]
+
+
+def draw(lengths_q, lengths_k, heads, dim, dtype, device="cpu", rest=0):
+    """q, k, v as views of a packed tensor where the lengths allow it, and the weight of a loss."""
+    if lengths_q == lengths_k:
+        *inputs, weight = torch.randn(sum(lengths_q) + rest, 4, heads, dim, device=device).to(dtype).unbind(1)
+    else:
+        *inputs, weight = (
+            torch.randn(sum(n) + rest, heads, dim, device=device).to(dtype)
+            for n in (lengths_q, lengths_k, lengths_k, lengths_q)
+        )
+    return inputs, weight
+
+
+def assert_right(got, inputs, weight, lengths_q, lengths_k, scale, tol=1e-5):
+    """Against float64; in half precision an error of twice plain PyTorch's, or an RMS ratio of 0.005, is allowed."""
+    inputs, weight = [x.detach().cpu() for x in inputs], weight.cpu()
+    exact = outcome(lambda *x: naive(*x, lengths_q, lengths_k, scale), [x.double() for x in inputs], weight.double())
+    usual = None
+    if inputs[0].dtype in HALVES:
+        usual = outcome(lambda *x: plain(*x, lengths_q, lengths_k, scale), inputs, weight)
+    largest = max((x.abs().max().item() for x in exact[1:] if x.numel()), default=0.0)
+    for i, (name, a, b) in enumerate(zip(("out", "dq", "dk", "dv"), got, exact, strict=True)):
+        assert a.dtype == inputs[0].dtype
+        allowed, a = tol, a.cpu()
+        if usual is not None:
+            allowed = 2 * relative_error(usual[i], b, largest if i else None)
+            if (a.double() - b).norm() <= 0.005 * b.norm():
+                continue
+        assert_close(name, a, b, allowed, scale=largest if i else None)
+    assert not any(x[sum(n) :].any() for x, n in zip(got, (lengths_q, lengths_q, lengths_k, lengths_k), strict=True))
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=6), st.booleans(), st.integers(0, 3))
 def test_forward_and_gradients_against_the_written_out_formula(pairs, cross, rest):
     lengths_q = [n for n, _ in pairs]
     lengths_k = [m for _, m in pairs] if cross else lengths_q
-    generator = torch.Generator().manual_seed(len(pairs) + rest)
-    q, k, v, weight = (
-        torch.randn(sum(n) + rest, 2, 16, dtype=torch.float64, generator=generator)
-        for n in (lengths_q, lengths_k, lengths_k, lengths_q)
-    )
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    inputs, weight = draw(lengths_q, lengths_k, 2, 16, torch.float64, rest=rest)
     boundaries = [cumulative(lengths_q), cumulative(lengths_k) if cross else None]
-    got = packed_attention(*inputs, *boundaries, scale=0.3)
-    want = naive(*inputs, lengths_q, lengths_k, 0.3)
-    assert_close("out", got, want, 1e-12)
-    assert got[sum(lengths_q) :].abs().sum() == 0
-    got_grads = torch.autograd.grad((got * weight).sum(), inputs)
-    want_grads = torch.autograd.grad((want * weight).sum() + sum(x.sum() * 0 for x in inputs), inputs)
-    for name, a, b in zip("qkv", got_grads, want_grads, strict=True):
-        assert_close(f"d{name}", a, b, 1e-11, scale=1.0)
+    got = outcome(lambda *x: packed_attention(*x, *boundaries, scale=0.3), inputs, weight)
+    assert_right(got, inputs, weight, lengths_q, lengths_k, 0.3, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("lengths", [[5, 40, 5, 0, 1, 40, 5], [33], []])
+def test_every_dtype(dtype, lengths):
+    inputs, weight = draw(lengths, lengths, 2, 16, dtype, rest=3)
+    got = outcome(lambda *x: packed_attention(*x, cumulative(lengths)), inputs, weight)
+    assert_right(got, inputs, weight, lengths, lengths, 0.25)
+
+
+def test_the_formula_for_other_devices_equals_the_one_for_cpus(monkeypatch):
+    from avfast.ops import _attention_reference as reference
+
+    lengths = [5, 9, 5]
+    inputs, weight = draw(lengths, lengths, 2, 16, torch.float64)
+    monkeypatch.setattr(reference, "_flash_forward", reference._plain_forward)
+    monkeypatch.setattr(reference, "_flash_backward", reference._plain_backward)
+    got = outcome(lambda *x: packed_attention(*x, cumulative(lengths)), inputs, weight)
+    assert_right(got, inputs, weight, lengths, lengths, 0.25, 1e-11)
+
+
+def test_packed_qkv_is_the_same_and_has_one_gradient():
+    lengths = [3, 0, 8, 3]
+    qkv = torch.randn(16, 3, 2, 16, requires_grad=True)
+    plan, weight = AttentionPlan.of(lengths), torch.randn(16, 2, 16)
+    want = packed_attention(*qkv.unbind(1), plan=plan)
+    for got in (packed_attention_qkv(qkv, plan=plan), packed_attention_qkv(qkv, cumulative(lengths), 8)):
+        assert torch.equal(got, want)
+        assert torch.equal(*(torch.autograd.grad((x * weight).sum(), qkv, retain_graph=True)[0] for x in (got, want)))
 
 
 def test_a_plan_replaces_the_boundaries():
     q, k, v = torch.randn(3, 5, 2, 16).unbind()
     plan = AttentionPlan.build(cumulative([2, 3]))
     assert torch.equal(plan.cu_seqlens_q, AttentionPlan.of([2, 3]).cu_seqlens_q)
-    assert torch.equal(packed_attention(q, k, v, plan=plan), packed_attention(q, k, v, cumulative([2, 3])))
+    want = packed_attention(q, k, v, cumulative([2, 3]))
+    assert torch.equal(packed_attention(q, k, v, plan=plan), want)
+    assert torch.equal(flash_attn_varlen_func(q, k, v, cumulative([2, 3]), cumulative([2, 3]), 3, 3), want)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +141,8 @@ def test_a_plan_replaces_the_boundaries():
         (lambda x: (x, x, x), "needs cu_seqlens_q or a plan"),
         (lambda x: (x[0], x, x, cumulative([5])), r"must be \(T, H, D\)"),
         (lambda x: (x, x, x[:4], cumulative([5])), r"must be \(T, H, D\)"),
+        (lambda x: (x, x.half(), x, cumulative([5])), "share a dtype"),
+        (lambda x: (x, x, x, cumulative([5]).long()), "must be int32"),
         (lambda x: (x, x, x, cumulative([4, 2])), "at most the 5 rows"),
         (lambda x: (x, x, x, cumulative([4, 1]), cumulative([5])), "2 query and 1 key sequences"),
     ],
@@ -65,3 +150,229 @@ def test_a_plan_replaces_the_boundaries():
 def test_errors_name_what_was_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         packed_attention(*arguments(torch.zeros(5, 2, 16)))
+
+
+def test_more_errors():
+    x, bounds = torch.zeros(5, 2, 16), cumulative([5])
+    with pytest.raises(ValueError, match="scale must be positive, got -1"):
+        packed_attention(x, x, x, bounds, scale=-1)
+    with pytest.raises(ValueError, match=r"qkv must be \(T, 3, H, D\)"):
+        packed_attention_qkv(x, bounds)
+    with pytest.raises(ValueError, match="a plan of one set of lengths"):
+        packed_attention_qkv(x[:, None].expand(-1, 3, -1, -1), plan=AttentionPlan.of([5], [5]))
+    with pytest.raises(NotImplementedError, match="dropout_p=0.1, causal=True, fewer heads in k"):
+        flash_attn_varlen_func(x, x[:, :1], x[:, :1], bounds, bounds, 5, 5, 0.1, causal=True)
+    with pytest.raises(ValueError, match="auto, reference, triton, got 'cudnn'"):
+        backend.set_backend("cudnn")
+    assert backend.get_backend() == os.environ.get("AVFAST_BACKEND", "auto")
+
+
+def test_double_backward_is_refused():
+    x = torch.randn(5, 2, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(packed_attention(x, x, x, cumulative([5])).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(device):
+    bounds = cumulative([3, 0, 8]).to(device)
+    x = torch.randn(3, 2, 13, 32, device=device)
+    q, k, v = (x[i].transpose(0, 1)[..., :16].requires_grad_() for i in range(3))
+    torch.library.opcheck(torch.ops.avfast.packed_attention.default, (q, k, v, bounds, None, None, 8, 0, 0.25))
+    torch.library.opcheck(torch.ops.avfast.packed_attention.default, (q, k, v, bounds, bounds, None, 0, 0, 0.25))
+    qkv = torch.randn(13, 2, 3, 16, device=device).transpose(1, 2).requires_grad_()
+    torch.library.opcheck(torch.ops.avfast.packed_attention_qkv.default, (qkv, bounds, None, 8, 0.25))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("autocast", [None, *HALVES])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.bfloat16,) * 3, (torch.float32, *HALVES)])
+def test_compiled_equals_eager_inside_and_outside_autocast(autocast, dtypes, device):
+    if autocast is None and len(set(dtypes)) > 1:
+        pytest.skip("mixed dtypes need autocast")
+    plan = AttentionPlan.of([3, 6], device=device)
+    inputs = [torch.randn(9, 2, 16, device=device).to(dtype).requires_grad_() for dtype in dtypes]
+
+    def step(q, k, v):
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            return packed_attention(q, k, v, plan=plan)
+
+    want, got = step(*inputs), torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
+    assert got.dtype == want.dtype == (autocast or dtypes[0])
+    assert torch.equal(got, want)
+    for a, b, x in zip(
+        *(torch.autograd.grad(y.float().square().sum(), inputs) for y in (got, want)), inputs, strict=True
+    ):
+        assert a.dtype == b.dtype == x.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("maxima", [False, True])
+def test_new_lengths_do_not_recompile(maxima):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(
+        lambda q, k, v, bounds, most: packed_attention(q, k, v, bounds, max_seqlen_q=most),
+        fullgraph=True,
+        backend=counter,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for i in range(20):
+        lengths = torch.randint(0, 12, (2 + i % 7,), generator=generator).add_(1).tolist()
+        q, k, v = torch.randn(3, sum(lengths), 2, 16)
+        most = max(lengths) if maxima else None
+        want = packed_attention(q, k, v, cumulative(lengths))
+        assert torch.equal(compiled(q, k, v, cumulative(lengths), most), want)
+    assert counter.frame_count <= (3 if maxima else 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flops(device):
+    q = torch.randn(12, 3, 16, device=device, requires_grad=True)
+    k, v = torch.randn(2, 9, 3, 16, device=device)
+    plan = AttentionPlan.of([5, 0, 7], [4, 2, 3], device=device)
+    forward = 4 * (5 * 4 + 7 * 3) * 3 * 16
+    assert flops.count(packed_attention, q, k, v, plan=plan) == forward
+    assert flops.count(lambda: packed_attention(q, k, v, plan=plan).sum(), backward=True) == 3 * forward
+    qkv, alone = q[:, None].expand(-1, 3, -1, -1), AttentionPlan.of([5, 7], device=device)
+    total = flops.count(lambda: packed_attention_qkv(qkv, plan=alone).sum(), backward=True)
+    assert total == 3 * 4 * (25 + 49) * 3 * 16
+    with pytest.raises(ValueError, match="give it a plan"):
+        flops.count(packed_attention_qkv, qkv.to("meta"), torch.zeros(3, dtype=torch.int32, device="meta"))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 700), st.integers(0, 700)), max_size=8), st.booleans())
+def test_work_lists_hold_every_row_once_and_most_work_first(pairs, cross):
+    lengths_q = [n for n, _ in pairs]
+    lengths_k = [m for _, m in pairs] if cross else lengths_q
+    bounds_q, bounds_k = cumulative(lengths_q), cumulative(lengths_k)
+    count = most_items(max(sum(lengths_q), sum(lengths_k)), len(pairs))
+    lists = work_lists(bounds_q, bounds_k if cross else None, count)
+    sides = [(bounds_q, bounds_k), (bounds_k, bounds_q)] if cross else [(bounds_q, bounds_k)]
+    assert lists.shape == (2 * len(sides), count, 4)
+    for side, (own, other) in enumerate(sides):
+        rows = []
+        for size, items in zip((64, 128), lists[2 * side : 2 * side + 2].tolist(), strict=True):
+            used = [item for item in items if item[1] > item[0]]
+            assert items[len(used) :] == [[0] * 4] * (count - len(used))
+            work = [end - begin for _, _, begin, end in used]
+            assert work == sorted(work, reverse=True)
+            for begin, end, other_begin, other_end in used:
+                sequence = own.tolist()[1:].index(end)
+                assert (other_begin, other_end) == tuple(other[sequence : sequence + 2].tolist())
+                assert ((own[sequence + 1] - own[sequence]) > 256) == (size == 128)
+                rows += range(begin, min(begin + size, end))
+        assert sorted(rows) == list(range(int(own[-1])))
+
+
+# Kernels: on a GPU, and interpreted in a process of their own.
+
+CASES = {
+    "ragged": ([33, 0, 70, 1], None),
+    "cross": ([3, 65, 0, 9], [40, 70, 8, 0]),
+    "long queries": ([300], [20]),
+    "long keys": ([20], [290]),
+    "nothing": ([], None),
+}
+SMALL = [
+    (16, torch.float32, "ragged"),
+    (64, torch.bfloat16, "cross"),
+    (80, torch.float16, "cross"),
+    (16, torch.float16, "long queries"),
+    (64, torch.bfloat16, "nothing"),
+]
+ALL = list(itertools.product((16, 32, 64, 80, 128), (torch.float32, *HALVES), CASES))
+
+
+def run_kernels(dim, dtype, case, device, heads):
+    lengths_q, lengths_k = CASES[case]
+    plan = AttentionPlan.of(lengths_q, lengths_k, device=device)
+    lengths_k = lengths_q if lengths_k is None else lengths_k
+    inputs, weight = draw(lengths_q, lengths_k, heads, dim, dtype, device, rest=3)
+    got = outcome(lambda *x: packed_attention(*x, plan=plan), inputs, weight)
+    assert_right(got, inputs, weight, lengths_q, lengths_k, dim**-0.5)
+    return inputs, weight, plan, got
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in_the_interpreter")
+@pytest.mark.parametrize("dim, dtype, case", SMALL)
+def test_interpreted_kernels(dim, dtype, case):
+    run_kernels(dim, dtype, case, "cpu", 1)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in_the_interpreter")
+def test_interpreted_kernels_on_packed_qkv():
+    qkv, weight = torch.randn(20, 3, 2, 16), torch.randn(20, 2, 16)
+    out, grad = outcome(lambda x: packed_attention_qkv(x, cumulative([11, 6])), [qkv], weight)
+    backend.set_backend("reference")
+    want, want_grad = outcome(lambda x: packed_attention_qkv(x, cumulative([11, 6])), [qkv], weight)
+    backend.set_backend("triton")
+    assert_close("out", out, want, 1e-5)
+    assert_close("gradient", grad, want_grad, 1e-5)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "AVFAST_BACKEND": "triton"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert f"{len(SMALL) + 1} passed" in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim, dtype, case", ALL)
+def test_kernels(dim, dtype, case):
+    inputs, weight, plan, got = run_kernels(dim, dtype, case, "cuda", 3)
+    built = AttentionPlan.build(plan.cu_seqlens_q, plan.cu_seqlens_k, tokens_q=len(inputs[0]), tokens_k=len(inputs[1]))
+    again = outcome(lambda *x: packed_attention(*x, plan=built), inputs, weight)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_backward_is_the_same_every_time(dtype):
+    lengths = [49, 196, 392, 700, 1, 98] * 4
+    inputs, weight = draw(lengths, lengths, 4, 64, dtype, "cuda", rest=5)
+    plan = AttentionPlan.of(lengths, device="cuda")
+    first = outcome(lambda *x: packed_attention(*x, plan=plan), inputs, weight)
+    for _ in range(30):
+        again = outcome(lambda *x: packed_attention(*x, plan=plan), inputs, weight)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_with_new_lengths_and_the_host_never_waits():
+    old, new, rest = [100, 300, 20], [10, 150, 240], 20
+    qkv = torch.randn(sum(old) + rest, 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bounds, weight = cumulative(old).cuda(), torch.randn(sum(old) + rest, 2, 64, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        out = packed_attention_qkv(qkv, bounds)
+        return out, torch.autograd.grad((out * weight).sum(), qkv)[0]
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for lengths in (old, new):
+        bounds.copy_(cumulative(lengths))
+        graph.replay()
+        for got, want in zip(captured, step(), strict=True):
+            assert torch.equal(got, want)
+        assert not captured[0][sum(lengths) :].any()

@@ -61,6 +61,10 @@ def _rows(bounds: list[int], members: list[int], length: int, device: torch.devi
     return (torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)).flatten()
 
 
+def _cover(found: list[Group], rows: int, keys: bool = False) -> bool:
+    return sum(group.count * (group.length_k if keys else group.length_q) for group in found) == rows
+
+
 @cache
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has matrix units for a half-precision dtype. Without them float32 is several times faster."""
@@ -91,8 +95,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output ``(Tq, H, D)`` and natural log-sum-exp ``(H, Tq)``; 0 and -inf in rows without keys."""
     found = groups(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=statistics_dtype(q.dtype), device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=statistics_dtype(q.dtype), device=q.device)
+    if not _cover(found, q.shape[0]):
+        out.zero_()
+        lse.fill_(float("-inf"))
     q, k, v = _prepared(q, k, v)
     dense = _flash_forward if q.device.type == "cpu" else _plain_forward
     for group in found:
@@ -107,9 +114,10 @@ def backward(
     scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Writes the gradients, zeros included, into ``dq``, ``dk`` and ``dv``, which may be strided views."""
-    for x in (dq, dk, dv):
-        x.zero_()
     found = groups(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+    for x, keys in ((dq, False), (dk, True), (dv, True)):
+        if not _cover(found, x.shape[0], keys):
+            x.zero_()
     grad, q, k, v, out = _prepared(grad, q, k, v, out)
     dense = _flash_backward if q.device.type == "cpu" else _plain_backward
     for group in found:
