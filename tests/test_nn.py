@@ -63,8 +63,9 @@ def test_attention_and_mlp_alone_take_timms_weights():
 def test_a_block_leaves_its_last_addition_to_the_next():
     block = randomised(PackedBlock(16, 2))
     x, pending, plan = torch.randn(16, 16), torch.randn(16, 16), AttentionPlan.of(LENGTHS)
-    stream, update = block(x, plan, update=pending)
-    assert_close("sum", stream + update, run_blocks([block], x + pending, plan), 1e-6)
+    stream, update = block((x, pending), plan)
+    assert_close("pair", stream + update, block(x + pending, plan), 1e-6)
+    assert_close("chain", run_blocks([block], x + pending, plan), block(x + pending, plan), 1e-6)
 
 
 def test_every_norm_set_serves_its_own_rows():
@@ -119,7 +120,7 @@ def test_dropped_sequences_skip_a_branch_and_the_others_count_more():
             *(torch.autograd.grad(out, x, factor, retain_graph=True)[0] for out in (got, want)),
             1e-5,
         )
-    with_update, none = ours(x, plan, update=x, drop=drop)
+    with_update, none = ours((x, x), plan, drop=drop)
     assert none is None
     assert_close("update", with_update, run_blocks([ours], 2 * x, plan, drops=[drop]), 1e-6)
 

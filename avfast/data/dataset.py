@@ -143,7 +143,9 @@ class ClipDataset(Dataset[Sample | Failure]):
             frames = eval_crop(frames, size) if rng is None else train_crop(frames, size, rng, scale=self.crop_scale)
         return Sample(index, step, position, waveform, frames, clip.labels, short)
 
-    def warm(self, progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items, threads: int = 2) -> list[Failure]:
+    def warm(
+        self, progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items, threads: int = 2
+    ) -> list[Failure]:
         """Fills the cache with every clip, decoding in threads (FFmpeg runs without Python's lock).
 
         Args:

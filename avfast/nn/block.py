@@ -13,6 +13,9 @@ from avfast.nn.drop_path import DropPath
 from avfast.nn.norm import add_norm, apply_norm, layer_norm
 from avfast.ops import AttentionPlan, packed_attention_qkv
 
+Stream = Tensor | tuple[Tensor, Tensor | None]
+"""The residual stream, or the stream and an update that is not yet added to it."""
+
 
 class PackedAttention(nn.Module):
     """Multi-head self-attention within each packed sequence.
@@ -67,9 +70,8 @@ class LayerScale(nn.Module):
 class PackedBlock(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), on packed tokens.
 
-    The addition of the MLP's output is left to the next block, which does it in one pass with its first norm: a block
-    takes and returns the residual stream together with an update that is not yet added. Their sum is what timm's block
-    returns; :func:`run_blocks` hides the pair.
+    Between blocks the addition of the MLP's output is left to the next one, which does it in one pass with its first
+    norm: given a pair (residual stream, update not yet added), a block returns such a pair; given a tensor, a tensor.
 
     Args:
         dim: D.
@@ -102,30 +104,30 @@ class PackedBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Stream,
         plan: AttentionPlan,
         sizes: Sequence[int] = (),
-        update: Tensor | None = None,
         drop: DropPath | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Stream:
         """One block.
 
         Args:
-            x: ``(T, D)`` residual stream.
+            x: ``(T, D)``, or the stream and an update still to be added to it (or None), each ``(T, D)``.
             plan: the sequence lengths.
             sizes: rows of each norm set; needed with several only.
-            update: ``(T, D)`` still to be added to x.
             drop: which sequences each branch is computed for, see :class:`~avfast.nn.DropPath`.
 
         Returns:
-            The stream and the update still to be added to it, each ``(T, D)``.
+            ``(T, D)`` for a tensor, a pair for a pair.
         """
-        if drop is not None:
-            return self.on_kept_sequences(add(x, update), drop), None
-        normed, x = add_norm(self.norm1, x, update, sizes)
-        update = self.ls1(self.attn(normed, plan))
-        normed, x = add_norm(self.norm2, x, update, sizes)
-        return x, self.ls2(self.mlp(normed))
+        stream, update = x if isinstance(x, tuple) else (x, None)
+        if drop is None:
+            normed, stream = add_norm(self.norm1, stream, update, sizes)
+            normed, stream = add_norm(self.norm2, stream, self.ls1(self.attn(normed, plan)), sizes)
+            update = self.ls2(self.mlp(normed))
+        else:
+            stream, update = self.on_kept_sequences(add(stream, update), drop), None
+        return (stream, update) if isinstance(x, tuple) else add(stream, update)
 
     def on_kept_sequences(self, x: Tensor, drop: DropPath) -> Tensor:
         """The block with each branch computed for its kept sequences and scaled up."""
@@ -163,11 +165,11 @@ def run_blocks(
     Returns:
         ``(T, D)``.
     """
-    update = None
+    pair: tuple[Tensor, Tensor | None] = (x, None)
     for i, block in enumerate(blocks):
         drop = None if drops is None else drops[i]
         if recompute and torch.is_grad_enabled():
-            x, update = checkpoint(block, add(x, update), plan, sizes, None, drop, use_reentrant=False)
+            pair = checkpoint(block, (add(*pair), None), plan, sizes, drop, use_reentrant=False)
         else:
-            x, update = block(x, plan, sizes, update, drop)
-    return add(x, update)
+            pair = block(pair, plan, sizes, drop)
+    return add(*pair)
