@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -210,7 +211,10 @@ def _cuda_phases(device: torch.device) -> Callable[[Phases], dict[str, float]]:
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """``run`` captured in a CUDA graph; the result replays it."""
+    """``run`` captured in a CUDA graph; the result replays it.
+
+    All graphs share one memory pool, so many large steps fit; what a replay computes lasts until the next one.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -218,9 +222,14 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_graph_pool()):
         run()
     return graph.replay
+
+
+@cache
+def _graph_pool() -> tuple[int, int]:
+    return torch.cuda.graph_pool_handle()
 
 
 # Floors.
