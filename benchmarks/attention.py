@@ -409,9 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.deterministic and OURS in variants and not repeats_bitwise(variants[OURS]):
             refused = {"median_ms": None, "note": "REFUSED: runs differ"}
             new = [replace(row, **refused) if row.variant == OURS else row for row in new]
-        print()
-        common.print_rows(common.with_ratios(new))
-        rows += new
+        rows += common.report("attention", new, machine, args.csv)
         del variants
     return common.finish("attention", rows, machine, args.csv)
 

@@ -237,7 +237,7 @@ def compare(setting: Setting, bench: Bench, floors: common.Floors, memory: dict[
                     row = replace(row, peak_mib=found[0], saved_mib=found[1])
             rows.append(row)
     print(f"\n{bench.row.case}: FLOPs of a step: packed {bench.flops[OURS]:.4g}, padded {bench.flops['padded']:.4g}")
-    return common.with_ratios(rows)
+    return rows
 
 
 def step_memory(step: Step, device: torch.device) -> tuple[float, float]:
@@ -289,7 +289,6 @@ def table(setting: Setting, case: str, memory: dict[str, Memory]) -> list[Row]:
         if found:
             row = replace(row, peak_mib=found[0], saved_mib=found[1])
         rows.append(row)
-    print()
     return rows
 
 
@@ -334,8 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             new = table(_tiny(setting, quick_cpu), case, memory)
         else:
             new = compare(setting, schedules(setting, case), floors, memory)
-        common.print_rows(new)
-        rows += new
+        rows += common.report("avsiam", new, machine, args.csv)
     return common.finish("avsiam", rows, machine, args.csv)
 
 

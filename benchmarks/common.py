@@ -11,6 +11,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -407,15 +408,29 @@ def header(device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[Machine
     return machine, floors
 
 
-def finish(name: str, rows: list[Row], machine: Machine, csv_path: str | None) -> int:
-    """Prints the summary, stores rows and picture; the exit code is 1 if the gate refused one of ours."""
+def report(name: str, rows: list[Row], machine: Machine, csv_path: str | None) -> list[Row]:
+    """Prints and stores the rows of one case, at once: a run that is cut short keeps what it measured."""
     rows = with_ratios(rows)
+    print()
+    print_rows(rows)
+    sys.stdout.flush()
+    if csv_path != "-":
+        append_rows(results_file(name, machine, csv_path), rows, machine)
+    return rows
+
+
+def results_file(name: str, machine: Machine, csv_path: str | None) -> Path:
+    """Where rows go."""
+    return Path(csv_path) if csv_path else RESULTS / machine.device / f"{name}.csv"
+
+
+def finish(name: str, rows: list[Row], machine: Machine, csv_path: str | None) -> int:
+    """Prints the summary and draws the picture; the exit code is 1 if the gate refused one of ours."""
     print()
     print_speedups(rows)
     if csv_path != "-":
-        path = Path(csv_path) if csv_path else RESULTS / machine.device / f"{name}.csv"
-        append_rows(path, rows, machine)
         from plot import plot
 
+        path = results_file(name, machine, csv_path)
         print(f"rows: {path}; picture: {plot(path)}")
     return int(any(row.variant == OURS and row.median_ms is None for row in rows))
