@@ -393,7 +393,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cuda:
         used = {name: memory_in_subprocess(__file__, argv, name) for name in names if _runs_on_cpu(name)}
     rows: list[Row] = []
-    rounds, budget = args.rounds or (50 if cuda else 5 if args.quick else 15), 2.0 if args.quick else 20.0
+    rounds, budget = (
+        args.rounds or (50 if cuda else 5 if args.quick else 15),
+        float("inf") if args.rounds else 2.0 if args.quick else 20.0,
+    )
     for case, dtype in todo:
         new, variants = measure(case, dtype, device, names, rounds, budget, args.graph)
         for i, row in enumerate(new):

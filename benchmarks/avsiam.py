@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compile=args.compile or cuda,
         variants=args.variants,
         rounds=args.rounds or (30 if cuda else 3 if args.quick else 7),
-        budget=10.0 if quick_cpu else 120.0,
+        budget=float("inf") if args.rounds else 10.0 if quick_cpu else 120.0,
     )
     cases = common.chosen(CASES, args.cases, hidden=["tiny"])
     if args.memory_of:
