@@ -22,7 +22,7 @@ def demo() -> Config:
         model_args={"temperature": 0.1},
         crop_scale=(0.85, 1.0),
         batch_size=48,
-        epochs=28.0,
+        epochs=22.0,
         optimizer="adamw",
         lr=1.5e-3,
         betas=(0.9, 0.98),
