@@ -26,7 +26,8 @@ through
 double_embedding          False                                       True: tokens enter as 2 * (patch + position)
 eps, norm_eps             1e-6, 1e-6 (timm)                           1e-5 in blocks and heads, 1e-6 in the final norm
 decoder_depth             6                                           Base 8, Large 6
-fusion initialisation     last two encoder blocks                     Base pre-training: the last block twice
+fusion initialisation     last two encoder blocks                     Base pre-training: the last block twice (no
+                                                                      keyword: released weights replace it)
 loss                      sum over both directions / 2                the same (the paper's formula has one direction)
 joint_head                "concat" of audio and visual means          Huge: "mean" over all fused tokens
 ========================  ==========================================  ==================================================
