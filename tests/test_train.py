@@ -270,8 +270,8 @@ def test_too_many_bad_files_end_the_run(tmp_path, mixed, capsys):
 def test_a_loss_that_is_not_finite_names_step_and_clips(tmp_path, clips, monkeypatch):
     step = Trainer.step
 
-    def broken(self, batches, lr):
-        found = step(self, batches, lr)
+    def broken(self, batches, *rates):
+        found = step(self, batches, *rates)
         return found | {"loss": found["loss"] * torch.nan} if batches[0].step == 2 else found
 
     monkeypatch.setattr(Trainer, "step", broken)

@@ -8,7 +8,7 @@ from avfast.train.__main__ import main, resolve
 from avfast.train.config import Config, SettingError, fields, from_dict, from_json
 from avfast.train.evaluate import main as evaluate
 from avfast.train.recipes import RECIPES, demo
-from avfast.train.trainer import learning_rate
+from avfast.train.trainer import learning_rate, parameter_groups, unimodal_factor
 
 
 def test_every_field_is_documented():
@@ -51,6 +51,48 @@ def test_warm_up_and_cosine():
     rates = [learning_rate(config, step, 10, 24) for step in range(25)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[14] == pytest.approx(0.55) and rates[24] == pytest.approx(0.1)
+
+
+def test_the_rate_grows_with_the_batch_and_warms_up_by_epochs():
+    config = Config(schedule="cosine", lr=1.5e-4, lr_batch=256, batch_size=64, accumulate=8, warmup_epochs=0.5)
+    rates = [learning_rate(config, step, 8, 100) for step in range(5)]
+    assert rates == pytest.approx([x * 3e-4 for x in (0.25, 0.5, 0.75, 1.0, 1.0)])
+    assert learning_rate(dataclasses.replace(config, warmup_steps=8), 3, 8, 100) == pytest.approx(1.5e-4)
+
+
+def test_the_ramp_is_half_a_cosine_over_a_share_of_training():
+    config = Config(unimodal_ramp=0.5)
+    assert [unimodal_factor(config, step, 40) for step in (0, 10, 20, 39)] == pytest.approx([0, 0.5, 1, 1])
+    assert unimodal_factor(config, 5, 40) == pytest.approx(0.1464466)
+    assert unimodal_factor(Config(), 0, 40) == 1 and unimodal_factor(config, 0, 0) == 1
+
+
+def test_groups_of_parameters():
+    import torch
+
+    model = torch.nn.ModuleDict({"image": torch.nn.Linear(2, 3), "fusion": torch.nn.Linear(3, 4)})
+    (group,) = parameter_groups(model, Config())
+    assert group["params"] == list(model.parameters()) and group["weight_decay"] == Config().weight_decay
+    with pytest.raises(SettingError, match="avsiam_base names no unimodal parts"):
+        parameter_groups(model, Config(unimodal_ramp=0.5))
+    model.unimodal_parts = ("image.",)
+    groups = parameter_groups(model, Config(unimodal_ramp=0.5, decay_1d=False, weight_decay=0.05))
+    found = {(g["unimodal"], g["weight_decay"]): [tuple(p.shape) for p in g["params"]] for g in groups}
+    assert found == {(True, 0.05): [(3, 2)], (True, 0.0): [(3,)], (False, 0.05): [(4, 3)], (False, 0.0): [(4,)]}
+
+
+def test_the_ramp_holds_the_unimodal_parts_back():
+    import torch
+
+    from avfast import create_model
+    from avfast.train.trainer import Trainer
+
+    model = create_model("avsiam_tiny", embed_dim=32, depth=1)
+    model.unimodal_parts = ("encoder.",)
+    trainer = Trainer(model, dataclasses.replace(demo(), unimodal_ramp=0.5), torch.device("cpu"))
+    trainer.step([], 0.1, 0.25)
+    rates = {group["unimodal"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+    assert rates == {True: 0.025, False: 0.1}
 
 
 def test_flags():

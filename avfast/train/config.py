@@ -66,16 +66,24 @@ class Config:
     accumulate: int = setting(1, "forward passes per optimiser step (adds no contrastive negatives)")
     optimizer: Literal["adam", "adamw"] = setting("adam", "adam adds weight decay to the gradient, adamw to the weight")
     lr: float = setting(1e-4, "learning rate")
+    lr_batch: int | None = setting(None, "clips of a step that --lr is meant for; it grows in proportion to the own")
     betas: tuple[float, float] = setting((0.95, 0.999), "of Adam")
     weight_decay: float = setting(5e-7, "weight decay")
+    decay_1d: bool = setting(True, "decay biases, norms and other one-dimensional parameters too")
     clip_grad: float | None = setting(None, "largest norm of the gradient")
     schedule: Literal["step", "cosine"] = setting("step", "of the learning rate: steps by epochs, or one cosine")
     warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
+    warmup_epochs: float = setting(0.0, "the same in epochs; the longer of the two counts")
+    unimodal_ramp: float = setting(
+        0.0, "share of training over which the learning rate of the model's unimodal parts rises from 0; 0: none"
+    )
     decay_start: float = setting(10.0, "step schedule: epochs before the first decay")
     decay_every: float = setting(5.0, "step schedule: epochs between decays")
     decay_rate: float = setting(0.5, "step schedule: factor of each decay")
     min_lr: float = setting(0.0, "cosine schedule: learning rate at the end")
-    paper_batch: int | None = setting(None, "contrastive batch of the paper; a far smaller one is warned about")
+    paper_batch: int | None = setting(
+        None, "clips of a step in the paper; a contrastive loss over far fewer is warned about"
+    )
 
     device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one, else cpu")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "of autocast; auto: bf16 where the GPU has it")
@@ -97,12 +105,13 @@ class Config:
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float | None]] = {
             "eval_fraction": (0, 1), "max_bad_files": (0, 1), "seed": (0, 2**63), "decay_every": (1e-9, None),
-            "eval_clips": (2, None),
+            "eval_clips": (2, None), "unimodal_ramp": (0, 1),
         }  # fmt: skip
         at_least_0 = (
-            "lr epochs steps workers keep_checkpoints pictures warmup_steps clip_grad probe_clips probe_l2 group_parts"
+            "lr epochs steps workers keep_checkpoints pictures warmup_steps warmup_epochs clip_grad probe_clips "
+            "probe_l2 group_parts"
         )
-        at_least_1 = "batch_size accumulate log_every checkpoint_every demo_clips"
+        at_least_1 = "batch_size accumulate lr_batch log_every checkpoint_every demo_clips"
         limits |= dict.fromkeys(at_least_0.split(), (0, None)) | dict.fromkeys(at_least_1.split(), (1, None))
         for name, (low, high) in limits.items():
             value = getattr(self, name)

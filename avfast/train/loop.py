@@ -19,7 +19,7 @@ from avfast.train.log import Log
 from avfast.train.monitor import Window, account
 from avfast.train.setup import build_model, check_same, resume_point, run_folder, seed_everything
 from avfast.train.summary import finish
-from avfast.train.trainer import Trainer, learning_rate
+from avfast.train.trainer import Trainer, learning_rate, unimodal_factor
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -99,7 +99,8 @@ def introduce(
     if start:
         log.say(f"continuing after step {start}")
     gathered = config.batch_size * world_size()
-    if config.paper_batch and gathered < config.paper_batch / 2 and parallel.rank() == 0:
+    contrasts = getattr(trainer.model, "contrastive_weight", 0)
+    if contrasts and config.paper_batch and gathered < config.paper_batch / 2 and parallel.rank() == 0:
         warnings.warn(
             f"the contrastive loss sees {gathered} clips at once, the paper's {config.paper_batch}; "
             f"--accumulate adds no negatives",
@@ -126,7 +127,7 @@ def fit(
     for step in range(start, total):
         batches = list(islice(loader, config.accumulate))
         rate = learning_rate(config, step, per_epoch, total)
-        window.add(step + 1, trainer.step(batches, rate), batches)
+        window.add(step + 1, trainer.step(batches, rate, unimodal_factor(config, step, total)), batches)
         log.advance()
         saves = (step + 1) % every == 0 or step + 1 == total
         if saves or (step + 1) % config.log_every == 0:

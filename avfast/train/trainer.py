@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from avfast.data.clips import Batch
 from avfast.distributed import world_size
 from avfast.train import checkpoint, parallel
-from avfast.train.config import Config
+from avfast.train.config import Config, SettingError
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: float, total: int) -> float:
@@ -20,14 +20,41 @@ def learning_rate(config: Config, step: int, steps_per_epoch: float, total: int)
 
     The step schedule is ``MultiStepLR`` with milestones ``decay_start + i decay_every`` in finished epochs.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    peak = config.lr
+    if config.lr_batch is not None:
+        peak *= config.batch_size * config.accumulate * world_size() / config.lr_batch
+    warmup = max(config.warmup_steps, round(config.warmup_epochs * steps_per_epoch))
+    if step < warmup:
+        return peak * (step + 1) / warmup
     if config.schedule == "step":
         epoch = step // steps_per_epoch
         decays = 0 if epoch < config.decay_start else int((epoch - config.decay_start) // config.decay_every) + 1
-        return config.lr * config.decay_rate**decays
-    share = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+        return peak * config.decay_rate**decays
+    share = (step - warmup) / max(total - warmup, 1)
+    return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+def unimodal_factor(config: Config, step: int, total: int) -> float:
+    """What the learning rate of the unimodal parts is multiplied by: half a cosine from 0 to 1 (DeepAVFusion)."""
+    share = step / (config.unimodal_ramp * total) if config.unimodal_ramp * total else 1.0
+    return (1 - math.cos(math.pi * min(share, 1.0))) / 2
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """The parameters for an optimiser, by ``unimodal`` (does the ramp apply) and weight decay."""
+    parts: tuple[str, ...] = ()
+    if config.unimodal_ramp:
+        parts = getattr(model, "unimodal_parts", ())
+        if not parts:
+            raise SettingError(f"--unimodal_ramp {config.unimodal_ramp}: {config.model} names no unimodal parts; use 0")
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decays = config.decay_1d or parameter.ndim > 1
+        groups.setdefault((name.startswith(parts), decays), []).append(parameter)
+    return [
+        {"params": parameters, "unimodal": unimodal, "weight_decay": config.weight_decay if decays else 0.0}
+        for (unimodal, decays), parameters in groups.items()
+    ]
 
 
 class Trainer:
@@ -47,13 +74,12 @@ class Trainer:
         self.wrapped = parallel.wrap(model, config, device)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
         self.optimizers = [
-            kind(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-            for _ in model.branches
+            kind(parameter_groups(model, config), lr=config.lr, betas=config.betas) for _ in model.branches
         ]
         half = self.dtype is torch.float16
         self.scalers = [torch.amp.GradScaler(device.type, enabled=half) for _ in model.branches]
 
-    def step(self, batches: list[Batch], lr: float) -> dict[str, Tensor]:
+    def step(self, batches: list[Batch], lr: float, unimodal_factor: float = 1.0) -> dict[str, Tensor]:
         """One optimiser step per branch on the same batches; the mean losses, still on the device."""
         self.wrapped.train()
         means: dict[str, Tensor] = {}
@@ -69,7 +95,7 @@ class Trainer:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * unimodal_factor if group.get("unimodal") else lr
             scaler.step(optimizer)
             scaler.update()
         return means
