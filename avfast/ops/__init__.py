@@ -4,6 +4,7 @@ from avfast.ops.add_layer_norm import add_layer_norm
 from avfast.ops.info_nce import info_nce
 from avfast.ops.masked_patch_mse import masked_patch_mse
 from avfast.ops.packed_attention import AttentionPlan, flash_attn_varlen_func, packed_attention, packed_attention_qkv
+from avfast.ops.pair_attention import pair_attention, pair_weights
 from avfast.ops.patch_embed_kept import patch_embed_kept
 
 __all__ = [
@@ -14,5 +15,7 @@ __all__ = [
     "masked_patch_mse",
     "packed_attention",
     "packed_attention_qkv",
+    "pair_attention",
+    "pair_weights",
     "patch_embed_kept",
 ]
