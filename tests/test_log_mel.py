@@ -1,7 +1,8 @@
 """Filter banks and the front end built on them.
 
 ``tests/fixtures/log_mel/<name>.npz`` holds what ``torchaudio.compliance.kaldi.fbank`` of torchaudio 2.11 makes of
-:func:`waveform` ``(name)`` with the field's arguments; ``python tests/test_log_mel.py`` writes them again.
+:func:`waveform` ``(name)`` with the field's arguments (``banks``), and its MelSpectrogram with DeepAVFusion's
+(``htk``); ``python tests/test_log_mel.py`` writes them again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.data.frontend import KaldiFrontend
-from avfast.data.log_mel import log_mel
+from avfast.data.frontend import HTKFrontend, KaldiFrontend
+from avfast.data.log_mel import htk_log_mel, log_mel
 from avfast.masking import DrawKey
 
 STORED = Path(__file__).parent / "fixtures" / "log_mel"
@@ -55,20 +56,37 @@ def by_torchaudio(wave: torch.Tensor, rate: int) -> torch.Tensor:
     )
 
 
+def htk_by_torchaudio(wave: torch.Tensor, rate: int) -> torch.Tensor:
+    import torchaudio
+
+    mel = torchaudio.transforms.MelSpectrogram(sample_rate=rate, n_fft=int(0.05 * rate), hop_length=rate // 64)
+    mel.mel_scale = torchaudio.transforms.MelScale(128, rate, n_stft=int(0.05 * rate) // 2 + 1)
+    return torch.log10(mel(wave) + 1e-7).T
+
+
+def htk(wave: torch.Tensor, rate: int) -> torch.Tensor:
+    return htk_log_mel(wave[None], sample_rate=rate, n_fft=int(0.05 * rate), hop=rate // 64)[0]
+
+
+@pytest.mark.parametrize("kind", ["banks", "htk"])
 @pytest.mark.parametrize("name", NAMES)
-def test_stored_numbers(name: str) -> None:
-    stored = torch.from_numpy(np.load(STORED / f"{name}.npz")["banks"])
-    got = log_mel(waveform(name)[None], sample_rate=RATES[name])[0]
+def test_stored_numbers(name: str, kind: str) -> None:
+    stored = torch.from_numpy(np.load(STORED / f"{name}.npz")[kind])
+    got = {"banks": lambda wave, rate: log_mel(wave[None], sample_rate=rate)[0], "htk": htk}[kind](
+        waveform(name), RATES[name]
+    )
     assert got.dtype == torch.float32 and got.shape == stored.shape
     assert (got - stored).abs().max() <= 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:At least one mel filterbank has all zero values")
 @pytest.mark.parametrize("name", NAMES)
 def test_torchaudio(name: str) -> None:
     pytest.importorskip("torchaudio", exc_type=ImportError)
     wave = waveform(name).repeat(4)
     got = log_mel(wave[None], sample_rate=RATES[name])[0]
     assert (got - by_torchaudio(wave, RATES[name])).abs().max() <= 1e-4
+    assert (htk(wave, RATES[name]) - htk_by_torchaudio(wave, RATES[name])).abs().max() <= 1e-4
 
 
 def test_independent_of_torchaudio() -> None:
@@ -93,6 +111,24 @@ def test_independent_of_torchaudio() -> None:
     assert got.shape == (len(rows), 128)
     assert np.abs(got - np.array(rows)).max() < 5e-3  # float32 against float64, in the faintest of 6,528 bins
     assert np.abs(got - np.array(rows)).mean() < 1e-5
+
+
+def test_htk_independent_of_torchaudio() -> None:
+    """A plain float64 transcription of the definition, frame by frame."""
+    wave = waveform("noise").double().numpy()
+    mirrored = np.pad(wave, 400, mode="reflect")
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(800) / 800)
+    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 130) / 2595) - 1)
+    bank = np.zeros((401, 128))
+    for k in range(401):
+        for m in range(128):
+            at, (left, centre, right) = 20.0 * k, edges[m : m + 3]
+            if left < at < right:
+                bank[k, m] = (at - left) / (centre - left) if at <= centre else (right - at) / (right - centre)
+    frames = [mirrored[250 * i : 250 * i + 800] * window for i in range(1 + len(wave) // 250)]
+    want = np.log10(np.abs(np.fft.rfft(frames)) ** 2 @ bank + 1e-7)
+    got = htk_log_mel(waveform("noise")[None])[0].double().numpy()
+    assert got.shape == want.shape and np.abs(got - want).max() < 1e-4
 
 
 def test_ragged_batch() -> None:
@@ -120,17 +156,24 @@ def test_settings_and_errors() -> None:
         log_mel(torch.zeros(2, 8000), num_samples=torch.zeros(3))
     with pytest.raises(ValueError, match="frame_shift_ms=0"):
         log_mel(torch.zeros(2, 8000), frame_shift_ms=0.0)
+    assert htk_log_mel(torch.zeros(0, 8000)).shape == (0, 33, 128)
+    assert htk_log_mel(torch.zeros(2, 8000), num_mel_bins=40, n_fft=512, hop=160).shape == (2, 51, 40)
+    with pytest.raises(ValueError, match=r"\(B, more than 400 samples\), got shape \(2, 400\)"):
+        htk_log_mel(torch.zeros(2, 400))
+    with pytest.raises(TypeError, match="int16"):
+        htk_log_mel(torch.zeros(1, 8000, dtype=torch.int16))
 
 
-def test_other_precisions_change_nothing() -> None:
+@pytest.mark.parametrize("function", [log_mel, htk_log_mel])
+def test_other_precisions_change_nothing(function) -> None:
     wave = waveform("chord")[None]
-    want = log_mel(wave)
+    want = function(wave)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(log_mel(wave), want)
+        assert torch.equal(function(wave), want)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        assert (log_mel(wave) - want).abs().max() <= 1e-4
+        assert (function(wave) - want).abs().max() <= 1e-4
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -139,14 +182,16 @@ def test_other_precisions_change_nothing() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gpu(name: str) -> None:
     """Bins more than 60 dB under the loudest of their frame hold rounding noise, which no two FFTs share."""
-    want = log_mel(waveform(name)[None], sample_rate=RATES[name])
-    torch.set_float32_matmul_precision("high")
-    try:
-        got = log_mel(waveform(name)[None].cuda(), sample_rate=RATES[name]).cpu()
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    heard = want > want.amax(dim=2, keepdim=True) - 13.8
-    assert (got - want)[heard].abs().max() <= 1e-4
+    wave = waveform(name)[None]
+    for function, decade in ((log_mel, 2.3), (htk_log_mel, 1.0)):
+        want = function(wave, sample_rate=RATES[name])
+        torch.set_float32_matmul_precision("high")
+        try:
+            got = function(wave.cuda(), sample_rate=RATES[name]).cpu()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        heard = want > want.amax(dim=2, keepdim=True) - 6 * decade
+        assert (got - want)[heard].abs().max() <= 1e-4
 
 
 # -- front end ------------------------------------------------------------------------------------------------------
@@ -217,6 +262,40 @@ def test_pictures_in_and_out() -> None:
         frontend.visual(got)
 
 
+def test_htk_front_end_drops_the_last_frame_and_mirrors_short_clips() -> None:
+    frontend = HTKFrontend()
+    assert (frontend.seconds, frontend.num_samples) == (3.0, 48000)
+    wave = waveform("noise")
+    got = frontend.audio(torch.nn.functional.pad(wave, (0, 90000))[None], torch.tensor([len(wave)]))
+    whole = torch.cat([wave, wave.flip(0)]).repeat(5)[:48000]
+    assert got.shape == (1, 192, 128) and torch.equal(got[0], htk_log_mel(whole[None])[0, :192])
+    assert torch.equal(frontend.audio(wave[None]), got)  # all samples valid
+    assert torch.equal(frontend.audio(whole.repeat(2)[None]), got)  # cut
+    silent = frontend.audio(torch.zeros(2, 0), torch.tensor([0, 0]))
+    assert torch.allclose(silent, torch.full((2, 192, 128), -7.0))
+    assert torch.equal(frontend.audio(torch.ones(2, 10), torch.tensor([0, 10]))[0], silent[0])
+    assert frontend.audio(torch.zeros(0, 0)).shape == (0, 192, 128)
+    tiny = HTKFrontend(num_frames=64, num_mel_bins=32, image_size=16)
+    assert tiny.audio(wave[None]).shape == (1, 64, 32) and tiny.seconds == 1.0
+
+
+def test_htk_training_gain() -> None:
+    wave = 0.1 * torch.stack([waveform("noise"), waveform("chord"), waveform("chord")])
+    frontend = HTKFrontend(num_frames=32)
+    key = DrawKey(seed=5, step=3, positions=(4, 0, 2), total=6)
+    louder = frontend.audio(wave, train=True, key=key) - frontend.audio(wave)
+    steady = louder[:, :30].flatten(1).median(1).values  # a gain is an offset wherever the floor is far below
+    assert (louder[0, :, 20:] - steady[0]).abs().max() < 1e-3
+    assert steady.abs().max() <= 0.6 and len({round(x, 3) for x in steady.tolist()}) == 3
+    part = frontend.audio(wave[1:], train=True, key=DrawKey(5, 3, (0, 2), 6))
+    assert torch.equal(part, frontend.audio(wave, train=True, key=key)[1:])
+    clipped = HTKFrontend(num_frames=32, gain_db=60.0).audio(wave, train=True, key=key)
+    assert clipped.max() < frontend.audio(10 * wave).max() + 1  # 60 dB would be 6
+    assert torch.equal(HTKFrontend(num_frames=32, gain_db=0.0).audio(wave, train=True, key=key), frontend.audio(wave))
+    with pytest.raises(ValueError, match="3 positions, got none"):
+        frontend.audio(wave, train=True)
+
+
 def test_front_end_is_json_and_checks_its_arguments() -> None:
     import json
 
@@ -225,8 +304,14 @@ def test_front_end_is_json_and_checks_its_arguments() -> None:
     for wrong in ({"num_frames": 0}, {"std": 0.0}, {"noise": -1.0}, {"time_shift": 2000}, {"image_size": 2.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             KaldiFrontend(**wrong)
+    frontend = HTKFrontend(num_frames=100, gain_db=3.0)
+    assert HTKFrontend(**json.loads(json.dumps(frontend.to_dict()))) == frontend != HTKFrontend()
+    for wrong in ({"num_frames": 1}, {"hop": 0}, {"n_fft": 0.5}, {"gain_db": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            HTKFrontend(**wrong)
 
 
 if __name__ == "__main__":
     for each in NAMES:
-        np.savez_compressed(STORED / f"{each}.npz", banks=by_torchaudio(waveform(each), RATES[each]).numpy())
+        found = by_torchaudio(waveform(each), RATES[each]), htk_by_torchaudio(waveform(each), RATES[each])
+        np.savez_compressed(STORED / f"{each}.npz", banks=found[0].numpy(), htk=found[1].numpy())

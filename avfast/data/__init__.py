@@ -11,8 +11,8 @@ from avfast.data.clips import (
     eval_loader,
     make_loader,
 )
-from avfast.data.frontend import KaldiFrontend
-from avfast.data.log_mel import log_mel
+from avfast.data.frontend import HTKFrontend, KaldiFrontend
+from avfast.data.log_mel import htk_log_mel, log_mel
 from avfast.data.manifest import Clip, ClipList, read, read_folder, read_manifest
 from avfast.data.media import MediaError, MediaFile, MediaInfo, probe, read_audio, read_frames
 
@@ -23,6 +23,7 @@ __all__ = [
     "ClipDataset",
     "ClipList",
     "Failure",
+    "HTKFrontend",
     "KaldiFrontend",
     "MediaError",
     "MediaFile",
@@ -31,6 +32,7 @@ __all__ = [
     "TooManyBadFiles",
     "collate",
     "eval_loader",
+    "htk_log_mel",
     "log_mel",
     "make_loader",
     "probe",

@@ -1,4 +1,4 @@
-"""What turns decoded sound and pictures into the inputs of AVSiam and CAV-MAE."""
+"""What turns decoded sound and pictures into the inputs of a model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,107 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avfast.data.log_mel import frame_length, frame_shift, log_mel
+from avfast.data.log_mel import frame_length, frame_shift, htk_log_mel, log_mel
 from avfast.masking import DrawKey
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class KaldiFrontend:
+class Frontend:
+    """What the front ends share: settings that survive JSON, checks, ImageNet-normalised pictures.
+
+    A subclass sets its constructor's arguments as attributes, and nothing else, and provides ``num_samples`` and
+    ``_inputs``.
+    """
+
+    num_frames: int
+    num_mel_bins: int
+    image_size: int
+    sample_rate: int
+
+    def _positive(self, **settings: int) -> None:
+        for name, value in settings.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            setattr(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments, ready for JSON: ``type(frontend)(**frontend.to_dict())`` is its equal."""
+        return dict(vars(self))
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    @property
+    def num_samples(self) -> int:
+        """Waveform samples that ``num_frames`` frames read."""
+        raise NotImplementedError
+
+    @property
+    def seconds(self) -> float:
+        """How much sound a clip provides at most."""
+        return self.num_samples / self.sample_rate
+
+    def audio(
+        self, waveform: Tensor, num_samples: Tensor | None = None, *, train: bool = False, key: DrawKey | None = None
+    ) -> Tensor:
+        """Spectrograms as the model takes them.
+
+        Args:
+            waveform: (B, S) floating point in [-1, 1], any S.
+            num_samples: (B,) valid samples of each row; default: all.
+            train: augments, as the constructor says.
+            key: names the draws of ``train``: those of a sample depend on seed, step and position only (and on the kind
+                of device), not on the rest of the batch. Its positions are those of the rows.
+
+        Returns:
+            (B, num_frames, num_mel_bins) float32 on the waveform's device.
+        """
+        if waveform.ndim != 2:
+            raise ValueError(f"waveform: expected (B, samples), got shape {tuple(waveform.shape)}")
+        if train and (key is None or len(key.positions) != len(waveform)):
+            given = "none" if key is None else f"one of {len(key.positions)} positions"
+            raise ValueError(f"key: train=True expects a DrawKey with {len(waveform)} positions, got {given}")
+        if num_samples is not None:
+            num_samples = num_samples.to(waveform.device).clamp(max=self.num_samples)
+        return self._inputs(waveform[:, : self.num_samples], num_samples, key if train else None)
+
+    def _inputs(self, waveform: Tensor, num_samples: Tensor | None, key: DrawKey | None) -> Tensor:
+        """What ``audio`` returns; a waveform no longer than ``num_samples``, augmented where there is a key."""
+        raise NotImplementedError
+
+    def visual(self, frames: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) or (B, F, 3, H, W) -> float32 of that shape, with ImageNet's mean and deviation taken off.
+
+        Raises:
+            ValueError: another shape than ``image_size``. TypeError: another dtype than uint8.
+        """
+        size = self.image_size
+        if frames.ndim not in (4, 5) or frames.shape[-3:] != (3, size, size):
+            raise ValueError(
+                f"frames: expected (B, 3, {size}, {size}) or (B, F, 3, {size}, {size}), got {tuple(frames.shape)}"
+            )
+        if frames.dtype != torch.uint8:
+            raise TypeError(f"frames: expected uint8, got {frames.dtype}")
+        mean = 255 * torch.tensor(IMAGENET_MEAN, device=frames.device)[:, None, None]
+        std = 255 * torch.tensor(IMAGENET_STD, device=frames.device)[:, None, None]
+        return (frames.float() - mean) / std
+
+    def visual_to_uint8(self, frames: Tensor) -> Tensor:
+        """Undoes :meth:`visual`, rounded and clipped to uint8, for pictures."""
+        mean = torch.tensor(IMAGENET_MEAN, device=frames.device)[:, None, None]
+        std = torch.tensor(IMAGENET_STD, device=frames.device)[:, None, None]
+        return (255 * (frames.float() * std + mean)).round().clamp(0, 255).byte()
+
+
+class KaldiFrontend(Frontend):
     """Kaldi filter banks, padded and normalised, and ImageNet-normalised pictures, as CAV-MAE and AVSiam use them.
 
     Args:
@@ -43,15 +136,7 @@ class KaldiFrontend:
         noise: float = 0.1,
         time_shift: int | None = None,
     ) -> None:
-        settings = {
-            "num_frames": num_frames,
-            "num_mel_bins": num_mel_bins,
-            "image_size": image_size,
-            "sample_rate": sample_rate,
-        }
-        for name, value in settings.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        self._positive(num_frames=num_frames, num_mel_bins=num_mel_bins, image_size=image_size, sample_rate=sample_rate)
         if frame_shift(sample_rate, frame_shift_ms) < 1 or frame_length(sample_rate) < 2:
             raise ValueError(f"no spectrogram frame fits: sample_rate={sample_rate}, frame_shift_ms={frame_shift_ms}")
         if not std > 0:
@@ -62,62 +147,20 @@ class KaldiFrontend:
             time_shift = num_frames
         if not 0 <= time_shift <= num_frames:
             raise ValueError(f"time_shift: expected 0 .. num_frames ({num_frames}), got {time_shift!r}")
-        self.num_frames = num_frames
-        self.num_mel_bins = num_mel_bins
         self.frame_shift_ms = frame_shift_ms
         self.mean = mean
         self.std = std
-        self.image_size = image_size
-        self.sample_rate = sample_rate
         self.noise = noise
         self.time_shift = time_shift
 
-    def to_dict(self) -> dict[str, Any]:
-        """The constructor's arguments, ready for JSON: ``KaldiFrontend(**frontend.to_dict())`` is its equal."""
-        return dict(vars(self))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, KaldiFrontend) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash(tuple(vars(self).values()))
-
-    def __repr__(self) -> str:
-        return f"KaldiFrontend({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
-
     @property
     def num_samples(self) -> int:
-        """Waveform samples that ``num_frames`` frames read."""
-        return (self.num_frames - 1) * frame_shift(self.sample_rate, self.frame_shift_ms) + frame_length(
-            self.sample_rate
-        )
+        shift = frame_shift(self.sample_rate, self.frame_shift_ms)
+        return (self.num_frames - 1) * shift + frame_length(self.sample_rate)
 
-    @property
-    def seconds(self) -> float:
-        """How much sound a clip provides at most."""
-        return self.num_samples / self.sample_rate
-
-    def audio(
-        self, waveform: Tensor, num_samples: Tensor | None = None, *, train: bool = False, key: DrawKey | None = None
-    ) -> Tensor:
-        """Normalised spectrograms.
-
-        Args:
-            waveform: (B, S) floating point in [-1, 1], any S.
-            num_samples: (B,) valid samples of each row; default: all.
-            train: adds noise and rolls in time, as the constructor says.
-            key: names the draws of ``train``: those of a sample depend on seed, step and position only (and on the kind
-                of device), not on the rest of the batch. Its positions are those of the rows.
-
-        Returns:
-            (B, num_frames, num_mel_bins) float32 on the waveform's device.
-        """
-        if waveform.ndim != 2:
-            raise ValueError(f"waveform: expected (B, samples), got shape {tuple(waveform.shape)}")
-        if num_samples is not None:
-            num_samples = num_samples.to(waveform.device).clamp(max=self.num_samples)
+    def _inputs(self, waveform: Tensor, num_samples: Tensor | None, key: DrawKey | None) -> Tensor:
         banks = log_mel(
-            waveform[:, : self.num_samples],
+            waveform,
             sample_rate=self.sample_rate,
             num_mel_bins=self.num_mel_bins,
             frame_shift_ms=self.frame_shift_ms,
@@ -125,12 +168,7 @@ class KaldiFrontend:
         )
         banks = torch.nn.functional.pad(banks, (0, 0, 0, self.num_frames - banks.shape[1]))
         inputs = (banks - self.mean) / self.std
-        if not train:
-            return inputs
-        if key is None or len(key.positions) != len(inputs):
-            given = "none" if key is None else f"one of {len(key.positions)} positions"
-            raise ValueError(f"key: train=True expects a DrawKey with {len(inputs)} positions, got {given}")
-        return self._augment(inputs, key)
+        return inputs if key is None else self._augment(inputs, key)
 
     def _augment(self, inputs: Tensor, key: DrawKey) -> Tensor:
         device = inputs.device
@@ -151,25 +189,67 @@ class KaldiFrontend:
             inputs = inputs.gather(1, source[..., None].expand_as(inputs))
         return inputs
 
-    def visual(self, frames: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) or (B, F, 3, H, W) -> float32 of that shape, with ImageNet's mean and deviation taken off.
 
-        Raises:
-            ValueError: another shape than ``image_size``. TypeError: another dtype than uint8.
-        """
-        size = self.image_size
-        if frames.ndim not in (4, 5) or frames.shape[-3:] != (3, size, size):
-            raise ValueError(
-                f"frames: expected (B, 3, {size}, {size}) or (B, F, 3, {size}, {size}), got {tuple(frames.shape)}"
-            )
-        if frames.dtype != torch.uint8:
-            raise TypeError(f"frames: expected uint8, got {frames.dtype}")
-        mean = 255 * torch.tensor(IMAGENET_MEAN, device=frames.device)[:, None, None]
-        std = 255 * torch.tensor(IMAGENET_STD, device=frames.device)[:, None, None]
-        return (frames.float() - mean) / std
+class HTKFrontend(Frontend):
+    """The logarithm of the mel power, not normalised, and ImageNet-normalised pictures, as DeepAVFusion uses them.
 
-    def visual_to_uint8(self, frames: Tensor) -> Tensor:
-        """Undoes :meth:`visual`, rounded and clipped to uint8, for pictures."""
-        mean = torch.tensor(IMAGENET_MEAN, device=frames.device)[:, None, None]
-        std = torch.tensor(IMAGENET_STD, device=frames.device)[:, None, None]
-        return (255 * (frames.float() * std + mean)).round().clamp(0, 255).byte()
+    Of the ``1 + S // hop`` frames of a waveform the last is dropped, which leaves 192 of 3 s at the defaults. (The
+    paper gives 196 frames and a hop of 15 ms; the released code has 192 and 15.625 ms, and its weights fit these.)
+
+    Args:
+        num_frames: spectrogram frames. A shorter clip is continued by itself, backwards and forwards in turn; a longer
+            one is cut.
+        num_mel_bins: mel bins.
+        image_size: height and width of the pictures.
+        sample_rate: of the waveforms, in Hz.
+        n_fft: samples in a frame.
+        hop: samples between frames.
+        gain_db: in training, the waveform is made louder or softer by up to so many decibels and clipped to [-1, 1].
+    """
+
+    def __init__(
+        self,
+        *,
+        num_frames: int = 192,
+        num_mel_bins: int = 128,
+        image_size: int = 224,
+        sample_rate: int = 16000,
+        n_fft: int = 800,
+        hop: int = 250,
+        gain_db: float = 6.0,
+    ) -> None:
+        self._positive(
+            num_frames=num_frames, num_mel_bins=num_mel_bins, image_size=image_size, sample_rate=sample_rate,
+            n_fft=n_fft, hop=hop,
+        )  # fmt: skip
+        if self.num_samples <= n_fft // 2:
+            raise ValueError(f"num_frames: {num_frames} of {hop} samples leave nothing to mirror at n_fft={n_fft}")
+        if gain_db < 0:
+            raise ValueError(f"gain_db: expected 0 or more, got {gain_db!r}")
+        self.gain_db = gain_db
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_frames * self.hop
+
+    def _inputs(self, waveform: Tensor, num_samples: Tensor | None, key: DrawKey | None) -> Tensor:
+        waveform = self._continued(waveform, num_samples)
+        if key is not None:
+            rngs = (key.generator("gain", position) for position in key.positions)
+            gains = [10 ** (float(rng.uniform(-self.gain_db, self.gain_db)) / 20) for rng in rngs]
+            waveform = (waveform * torch.tensor(gains).to(waveform)[:, None]).clamp(-1, 1)
+        banks = htk_log_mel(
+            waveform, sample_rate=self.sample_rate, num_mel_bins=self.num_mel_bins, n_fft=self.n_fft, hop=self.hop
+        )
+        return banks[:, :-1]
+
+    def _continued(self, waveform: Tensor, num_samples: Tensor | None) -> Tensor:
+        """(B, num_samples): every row mirrored at its end until it is long enough; zeros where there is no sample."""
+        batch, given = waveform.shape
+        if given == 0:
+            return waveform.new_zeros(batch, self.num_samples)
+        if num_samples is None:
+            num_samples = torch.full((batch,), given, device=waveform.device)
+        place = torch.arange(self.num_samples, device=waveform.device) % (2 * num_samples.clamp(min=1)[:, None])
+        place = torch.minimum(place, 2 * num_samples[:, None] - 1 - place).clamp(min=0)
+        return waveform.gather(1, place) * (num_samples > 0)[:, None]

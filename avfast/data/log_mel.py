@@ -1,12 +1,18 @@
-"""Kaldi-compatible log-mel filter banks of a batch of waveforms.
+"""Log-mel filter banks of a batch of waveforms: Kaldi's, and the plain mel spectrogram of DeepAVFusion.
 
-The field's spectrograms (AST, CAV-MAE, AudioMAE, AVSiam, MAViL) are ``torchaudio.compliance.kaldi.fbank`` with
-``htk_compat=True, use_energy=False, window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10`` after the
-mean of each waveform was taken off. Definition, per frame of 25 ms (frames that do not fit entirely are dropped):
+:func:`log_mel`. The field's spectrograms (AST, CAV-MAE, AudioMAE, AVSiam, MAViL) are
+``torchaudio.compliance.kaldi.fbank`` with ``htk_compat=True, use_energy=False, window_type="hanning",
+num_mel_bins=128, dither=0.0, frame_shift=10`` after the mean of each waveform was taken off. Definition, per frame of
+25 ms (frames that do not fit entirely are dropped):
 
     x <- x - mean(x);   x[n] <- x[n] - 0.97 x[n-1]  (x[-1] = x[0]);   x <- x * hann(n), symmetric
     power of the real DFT of x, zero-padded to the next power of two;   triangles, equally wide and overlapping by
     half on the scale 1127 ln(1 + f/700) between 20 Hz and half the sample rate;   log(max(., eps of float32))
+
+:func:`htk_log_mel`. DeepAVFusion's are ``torchaudio.transforms.MelSpectrogram`` with its defaults:
+
+    frames centred at multiples of the hop, the waveform mirrored at its ends;   Hann window, periodic;   power of the
+    real DFT;   triangles on the scale 2595 log10(1 + f/700) from 0 Hz to half the sample rate;   log10(. + 1e-7)
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ _FRAME_MS = 25.0
 _LOW_HZ = 20.0
 _PREEMPHASIS = 0.97
 _FLOOR = torch.finfo(torch.float32).eps
+_HTK_FLOOR = 1e-7
 
 
 def frame_length(sample_rate: int) -> int:
@@ -100,9 +107,13 @@ def _filter_banks(wave: Tensor, sample_rate: int, num_mel_bins: int, length: int
     frames *= torch.hann_window(length, periodic=False, dtype=torch.float32, device=wave.device)
     fft_size = 2 ** math.ceil(math.log2(length))
     power = torch.fft.rfft(frames, n=fft_size).abs().square()
+    banks = _product(power, _triangles(num_mel_bins, fft_size, sample_rate, wave.device))
+    return banks.clamp(min=_FLOOR).log().float()
+
+
+def _product(power: Tensor, triangles: Tensor) -> Tensor:
     exact = power.dtype if _products_are_exact() else torch.float64
-    banks = _triangles(num_mel_bins, fft_size, sample_rate, wave.device)
-    return (power.to(exact) @ banks.to(exact)).clamp(min=_FLOOR).log().float()
+    return power.to(exact) @ triangles.to(exact)
 
 
 def _products_are_exact() -> bool:
@@ -128,3 +139,50 @@ def _triangles(num_mel_bins: int, fft_size: int, sample_rate: int, device: torch
     mel = (1127.0 * torch.log(1.0 + hertz / 700.0))[:, None]
     weights = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(min=0.0)
     return torch.cat([weights, torch.zeros(1, num_mel_bins)]).to(device)  # Kaldi leaves out the Nyquist bin
+
+
+def htk_log_mel(
+    waveform: Tensor, *, sample_rate: int = 16000, num_mel_bins: int = 128, n_fft: int = 800, hop: int = 250
+) -> Tensor:
+    """Base-10 logarithm of the mel power, in float32 on the waveform's device whatever autocast says.
+
+    Args:
+        waveform: (B, S) floating point, more than ``n_fft // 2`` samples (its ends are mirrored).
+        sample_rate: of the waveform, in Hz.
+        num_mel_bins: M.
+        n_fft: samples in a frame.
+        hop: samples between the centres of two frames.
+
+    Returns:
+        (B, 1 + S // hop, M) float32.
+
+    Raises:
+        ValueError: a shape that makes no sense. TypeError: a waveform of integers.
+    """
+    if waveform.ndim != 2 or waveform.shape[1] <= n_fft // 2:
+        raise ValueError(f"waveform: expected (B, more than {n_fft // 2} samples), got shape {tuple(waveform.shape)}")
+    if not waveform.is_floating_point():
+        raise TypeError(f"waveform: expected floating point in [-1, 1], got {waveform.dtype}")
+    if len(waveform) == 0:
+        return waveform.new_zeros(0, 1 + waveform.shape[1] // hop, num_mel_bins).float()
+    triangles = _htk_triangles(num_mel_bins, n_fft, sample_rate, waveform.device)
+    with torch.autocast(waveform.device.type, enabled=False):
+        wave = waveform.float()
+        window = torch.hann_window(n_fft, dtype=torch.float32, device=wave.device)
+        rows = wave.split(1) if wave.device.type == "cpu" else [wave]  # as in log_mel
+        found = []
+        for row in rows:
+            spectrum = torch.stft(row, n_fft, hop, window=window, center=True, pad_mode="reflect", return_complex=True)
+            found.append((_product(spectrum.abs().square().mT, triangles) + _HTK_FLOOR).log10().float())
+    return torch.cat(found)
+
+
+@lru_cache(maxsize=8)
+def _htk_triangles(num_mel_bins: int, n_fft: int, sample_rate: int, device: torch.device) -> Tensor:
+    """(n_fft / 2 + 1, num_mel_bins) weights, sides straight over hertz, heights 1; narrow ones may miss every bin."""
+    top = 2595.0 * math.log10(1.0 + sample_rate / 2 / 700.0)
+    edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, num_mel_bins + 2) / 2595.0) - 1.0)
+    hertz = torch.linspace(0.0, sample_rate / 2, n_fft // 2 + 1)[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    weights = torch.minimum((hertz - left) / (centre - left), (right - hertz) / (right - centre)).clamp(min=0.0)
+    return weights.to(device)
