@@ -207,6 +207,9 @@ class HTKFrontend(Frontend):
         gain_db: in training, the waveform is made louder or softer by up to so many decibels and clipped to [-1, 1].
     """
 
+    n_fft: int
+    hop: int
+
     def __init__(
         self,
         *,
