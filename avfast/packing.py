@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,23 @@ def runs(lengths: Iterable[int]) -> list[tuple[int, int]]:
 def cumulative(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Sequence boundaries ``(S + 1,)`` int32, from 0 to the number of tokens."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(order, back)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, back = ctx.saved_tensors
+        return permute_rows(grad, back, order), None, None
+
+
+def permute_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """``x[order]`` whose gradient is gathered as well, by the inverse permutation ``back``, and so is deterministic."""
+    return _PermuteRows.apply(x, order, back)
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfast import checkpoints
-from avfast.masking import Kept, Structure, check_ratio
+from avfast.masking import Structure, check_ratio
 from avfast.models.base import AudioVisualMAE, init_weights
+from avfast.models.draws import Layout, shared_plan
 from avfast.nn import JointDecoder, PackedBlock, sincos_2d
 from avfast.nn.block import apply_norm, layer_norm
+from avfast.ops import AttentionPlan
 from avfast.packing import PackedTokens
 
 
@@ -203,8 +205,9 @@ class AVSiam(AudioVisualMAE):
         return super().masking(branch)
 
     def unimodal(
-        self, audio: Tensor, visual: Tensor, kept_a: Kept, kept_v: Kept, branch: str = "joint"
+        self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint"
     ) -> tuple[PackedTokens, PackedTokens]:
+        kept_a, kept_v, plans = layout.audio, layout.visual, layout.plans
         cut = branch == "reconstruction" and self.stop_gradient
         with torch.no_grad() if cut else nullcontext():
             a = self.patch_embed_a(audio, kept_a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][kept_a.ids]
@@ -212,28 +215,30 @@ class AVSiam(AudioVisualMAE):
             if self.double_embedding:
                 a, v = 2 * a, 2 * v
             if not self.shared or (self.separate_mae_audio and branch == "reconstruction"):
-                a = self.run_encoder(self.encoder_a, a, kept_a.lengths, (len(a), 0))
-                v = self.run_encoder(self.encoder, v, kept_v.lengths, (0, len(v)))
+                a = self.run_encoder(self.encoder_a, a, plans["audio"], (len(a), 0))
+                v = self.run_encoder(self.encoder, v, plans["visual"], (0, len(v)))
             else:
                 x = torch.cat([a, v])
                 sizes = (len(a), len(v))
-                a, v = self.run_encoder(self.encoder, x, kept_a.lengths + kept_v.lengths, sizes).split(sizes)
+                a, v = self.run_encoder(self.encoder, x, plans["both"], sizes).split(sizes)
         return PackedTokens(a, kept_a.lengths), PackedTokens(v, kept_v.lengths)
 
-    def run_encoder(self, encoder: Encoder, x: Tensor, lengths: Sequence[int], sizes: tuple[int, int]) -> Tensor:
+    def run_encoder(self, encoder: Encoder, x: Tensor, plan: AttentionPlan, sizes: tuple[int, int]) -> Tensor:
         """Blocks and final norm; ``sizes`` are the audio and the visual rows of ``x``."""
-        return apply_norm(encoder.norm, self.run_blocks(encoder.blocks, x, lengths, sizes), sizes)
+        return apply_norm(encoder.norm, self.run_blocks(encoder.blocks, x, plan, sizes), sizes)
 
-    def contrasted(self, audio: PackedTokens, visual: PackedTokens) -> tuple[PackedTokens, PackedTokens]:
+    def contrasted(
+        self, audio: PackedTokens, visual: PackedTokens, layout: Layout
+    ) -> tuple[PackedTokens, PackedTokens]:
         return audio, visual
 
-    def fuse(self, joined: PackedTokens) -> Tensor:
-        return self.run_blocks(self.fusion, joined.values, joined.lengths)
+    def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
+        return self.run_blocks(self.fusion, joined, plan)
 
-    def reconstruct(self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept) -> dict[str, Tensor]:
+    def reconstruct(self, a: PackedTokens, v: PackedTokens, layout: Layout) -> dict[str, Tensor]:
         if self.stop_gradient:
             a, v = PackedTokens(a.values.detach(), a.lengths), PackedTokens(v.values.detach(), v.lengths)
-        return super().reconstruct(a, v, kept_a, kept_v)
+        return super().reconstruct(a, v, layout)
 
     def classify(self, audio: Tensor | None = None, visual: Tensor | None = None) -> Tensor:
         """Class logits of the audio, the visual or the joint head, by what is given.
@@ -264,8 +269,9 @@ class AVSiam(AudioVisualMAE):
             if len(a) * (frames or 1) != len(v):
                 raise ValueError(f"audio and visual must pair up, got {len(a)} spectrograms and {len(v)} frames")
             a = a.repeat_interleave(frames or 1, 0)
-            joined = PackedTokens(torch.cat([a, v], 1).flatten(0, 1), (a.shape[1] + v.shape[1],) * len(a))
-            fused = self.fuse(joined).unflatten(0, (len(a), -1))
+            joined = torch.cat([a, v], 1)
+            plan = shared_plan((joined.shape[1],) * len(a), joined.device)
+            fused = self.fuse(joined.flatten(0, 1), plan).unflatten(0, (len(a), -1))
             parts = [fused[:, : a.shape[1]].mean(1), fused[:, a.shape[1] :].mean(1)]
             logits = self.head_av(torch.cat(parts, 1) if self.joint_head == "concat" else fused.mean(1))
         return logits if frames is None else logits.unflatten(0, (-1, frames))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from avfast.masking import STRUCTURES, DrawKey, Kept, Structure, assign_ratios, check_ratio, keep_patches
+from avfast.models.draws import Draws, Keep, Layout, as_kept
 from avfast.nn import JointDecoder, PackedBlock, PatchEmbed, patchify, run_blocks, unpatchify
 from avfast.ops import AttentionPlan, info_nce, masked_patch_mse
 from avfast.ops.info_nce import InfoNCE
@@ -19,36 +20,6 @@ from avfast.packing import PackedTokens
 
 if TYPE_CHECKING:
     from avfast.data.frontend import KaldiFrontend
-
-Keep = Kept | Tensor | Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The random choices of one forward pass; what is None is drawn.
-
-    Args:
-        audio_keep: kept audio patch ids: ``(B, K)``, one 1-D int64 tensor per instance, or
-        :class:`~avfast.masking.Kept`.
-        visual_keep: likewise.
-        branch: which of the model's ``branches`` to compute.
-        has_audio: per instance, whether it has this modality. Without it no patch is kept and no loss counts it.
-        has_visual: likewise.
-    """
-
-    audio_keep: Keep | None = None
-    visual_keep: Keep | None = None
-    branch: str | None = None
-    has_audio: tuple[bool, ...] | None = None
-    has_visual: tuple[bool, ...] | None = None
-
-    def to(self, device: torch.device | str) -> Draws:
-        """With packed ids on another device."""
-        return replace(
-            self,
-            audio_keep=None if self.audio_keep is None else as_kept(self.audio_keep).to(device),
-            visual_keep=None if self.visual_keep is None else as_kept(self.visual_keep).to(device),
-        )
 
 
 @dataclass
@@ -75,11 +46,6 @@ class Features:
     audio: Tensor | PackedTokens | None
     visual: Tensor | PackedTokens | None
     fused: Tensor | PackedTokens | None
-
-
-def as_kept(keep: Keep) -> Kept:
-    """Pack lists of ids; pass :class:`~avfast.masking.Kept` through."""
-    return keep if isinstance(keep, Kept) else Kept.pack(keep)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -148,16 +114,18 @@ class AudioVisualMAE(nn.Module):
     # What a subclass defines.
 
     def unimodal(
-        self, audio: Tensor, visual: Tensor, kept_a: Kept, kept_v: Kept, branch: str = "joint"
+        self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint"
     ) -> tuple[PackedTokens, PackedTokens]:
         """Tokens of the kept patches of each modality, before the modalities meet."""
         raise NotImplementedError
 
-    def contrasted(self, audio: PackedTokens, visual: PackedTokens) -> tuple[PackedTokens, PackedTokens]:
+    def contrasted(
+        self, audio: PackedTokens, visual: PackedTokens, layout: Layout
+    ) -> tuple[PackedTokens, PackedTokens]:
         """The tokens whose means are contrasted."""
         raise NotImplementedError
 
-    def fuse(self, joined: PackedTokens) -> Tensor:
+    def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
         """Fused tokens ``(T, D)`` of sequences [audio; visual]."""
         raise NotImplementedError
 
@@ -236,24 +204,34 @@ class AudioVisualMAE(nn.Module):
             raise ValueError(f"the key names {len(key.positions)} positions for a batch of {batch_size}")
         present_a = (True,) * batch_size if has_audio is None else tuple(bool(x) for x in has_audio)
         present_v = (True,) * batch_size if has_visual is None else tuple(bool(x) for x in has_visual)
-        ratios, structure = self.masking(branch)
+        structure = self.masking(branch)[1]
         keep_a, keep_v = [], []
         for position, (ratio_a, ratio_v), a, v in zip(
-            key.positions, assign_ratios(ratios, key), present_a, present_v, strict=True
+            key.positions, self.ratios(branch, key), present_a, present_v, strict=True
         ):
             source_a, source_v = (key.generator(f"{branch} {name}", position) for name in ("audio", "visual"))
             ids_a = keep_patches(self.patch_embed_a.grid_size, ratio_a, source_a, structure)
             ids_v = keep_patches(self.patch_embed.grid_size, ratio_v, source_v)
             keep_a.append(ids_a if a else ids_a[:0])
             keep_v.append(ids_v if v else ids_v[:0])
-        return Draws(Kept.pack(keep_a), Kept.pack(keep_v), branch, present_a, present_v)
+        return self.laid_out(Draws(Kept.pack(keep_a), Kept.pack(keep_v), branch, present_a, present_v))
+
+    def laid_out(self, draws: Draws) -> Draws:
+        """Complete draws together with the packing of their tokens."""
+        kept = as_kept(draws.audio_keep), as_kept(draws.visual_keep)
+        patches = self.patch_embed_a.num_patches, self.patch_embed.num_patches
+        return draws.with_layout(Layout.of(*kept, patches, (draws.has_audio, draws.has_visual)))
 
     def masking(self, branch: str) -> tuple[tuple[float, ...], Structure]:
         """Ratios, and the structure of the audio mask."""
         return self.mask_ratios, self.audio_structure
 
+    def ratios(self, branch: str, key: DrawKey) -> list[tuple[float, float]]:
+        """The (audio, visual) ratio of each of the key's positions."""
+        return assign_ratios(self.masking(branch)[0], key)
+
     def complete(self, draws: Draws | None, batch_size: int) -> Draws:
-        """``draws`` with what is missing drawn, checked against this model."""
+        """``draws`` with what is missing drawn, checked against this model and laid out on its device."""
         draws = Draws() if draws is None else draws
         if draws.audio_keep is None or draws.visual_keep is None or draws.branch is None:
             drawn = self.draw(batch_size, branch=draws.branch, has_audio=draws.has_audio, has_visual=draws.has_visual)
@@ -263,11 +241,12 @@ class AudioVisualMAE(nn.Module):
                 visual_keep=drawn.visual_keep if draws.visual_keep is None else draws.visual_keep,
                 branch=drawn.branch,
             )
-        draws = draws.to(self.device)
-        for name, kept in (("audio_keep", draws.audio_keep), ("visual_keep", draws.visual_keep)):
-            if len(as_kept(kept)) != batch_size:
-                raise ValueError(f"{name} holds {len(as_kept(kept))} instances, the batch {batch_size}")
-        return draws
+        for name, keep in (("audio_keep", draws.audio_keep), ("visual_keep", draws.visual_keep)):
+            if len(keep) != batch_size:
+                raise ValueError(f"{name} holds {len(keep)} instances, the batch {batch_size}")
+        draws = draws if draws.layout is not None else self.laid_out(draws)
+        index = draws.layout.index
+        return draws if index is not None and index.device == self.device else draws.to(self.device)
 
     # Pre-training.
 
@@ -279,6 +258,27 @@ class AudioVisualMAE(nn.Module):
             visual: ``(B, 3, H, W)`` normalised frames.
             draws: from :meth:`draw`; what is missing is drawn.
         """
+        spectrogram, visual, draws = self.prepare(audio, visual, draws)
+        layout, branch = draws.layout, draws.branch
+        a, v = self.unimodal(spectrogram, visual, layout, branch)
+        losses, reconstruction, accuracy = {}, {}, None
+        loss = spectrogram.new_zeros((), dtype=torch.promote_types(spectrogram.dtype, torch.float32))
+        if self.contrastive_weight and branch != "reconstruction":
+            contrast = self.contrast(a, v, layout)
+            losses["contrastive"], accuracy = contrast.loss, contrast.accuracy
+            loss = loss + self.contrastive_weight * contrast.loss
+        if self.reconstruction_weight and branch != "contrastive":
+            reconstruction = self.reconstruct(a, v, layout)
+            terms = self.reconstruction_losses(reconstruction, spectrogram, visual, layout)
+            losses |= terms
+            for term in terms.values():
+                loss = loss + self.reconstruction_weight * term
+        return Output(loss, losses, reconstruction, accuracy)
+
+    def prepare(
+        self, audio: Tensor | None, visual: Tensor | None, draws: Draws | None
+    ) -> tuple[Tensor, Tensor, Draws]:
+        """Spectrogram and frames, an absent one as zeros, and complete draws that keep nothing of it."""
         present_a, present_v = audio is not None, visual is not None
         spectrogram, visual = self.inputs(audio, visual)
         batch = len(spectrogram)
@@ -286,64 +286,42 @@ class AudioVisualMAE(nn.Module):
             absent = {} if present_a else {"has_audio": (False,) * batch}
             absent |= {} if present_v else {"has_visual": (False,) * batch}
             draws = replace(draws or Draws(), **absent)
-        draws = self.complete(draws, batch)
-        kept_a, kept_v, branch = as_kept(draws.audio_keep), as_kept(draws.visual_keep), draws.branch
-        a, v = self.unimodal(spectrogram, visual, kept_a, kept_v, branch)
-        losses, reconstruction, accuracy = {}, {}, None
-        loss = spectrogram.new_zeros((), dtype=torch.promote_types(spectrogram.dtype, torch.float32))
-        if self.contrastive_weight and branch != "reconstruction":
-            contrast = self.contrast(a, v, kept_a, kept_v)
-            losses["contrastive"], accuracy = contrast.loss, contrast.accuracy
-            loss = loss + self.contrastive_weight * contrast.loss
-        if self.reconstruction_weight and branch != "contrastive":
-            reconstruction = self.reconstruct(a, v, kept_a, kept_v)
-            for name, kept, target, present in (
-                ("audio", kept_a, patchify(spectrogram, self.patch_embed_a.patch_size), draws.has_audio),
-                ("visual", kept_v, patchify(visual, self.patch_embed.patch_size), draws.has_visual),
-            ):
-                mask = kept.masked(target.shape[1])
-                if present is not None and not all(present):
-                    mask = mask & torch.tensor(present, device=mask.device)[:, None]
-                term = masked_patch_mse(reconstruction[name], target, mask, norm_pix=self.norm_pix)
-                losses[f"reconstruction_{name}"] = term
-                loss = loss + self.reconstruction_weight * term
-        return Output(loss, losses, reconstruction, accuracy)
+        return spectrogram, visual, self.complete(draws, batch)
 
-    def contrast(self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept) -> InfoNCE:
+    def reconstruction_losses(
+        self, reconstruction: dict[str, Tensor], spectrogram: Tensor, visual: Tensor, layout: Layout
+    ) -> dict[str, Tensor]:
+        """The terms ``reconstruction_audio`` and ``reconstruction_visual`` over the patches that were not kept."""
+        losses = {}
+        for name, kept, target, present in (
+            ("audio", layout.audio, patchify(spectrogram, self.patch_embed_a.patch_size), layout.present_audio),
+            ("visual", layout.visual, patchify(visual, self.patch_embed.patch_size), layout.present_visual),
+        ):
+            mask = kept.masked(target.shape[1])
+            if present is not None:
+                mask = mask & present.bool()[:, None]
+            term = masked_patch_mse(reconstruction[name], target, mask, norm_pix=self.normalises(name))
+            losses[f"reconstruction_{name}"] = term
+        return losses
+
+    def normalises(self, modality: str) -> bool:
+        """Whether the target patches of a modality are normalised."""
+        return self.norm_pix
+
+    def contrast(self, a: PackedTokens, v: PackedTokens, layout: Layout) -> InfoNCE:
         """InfoNCE over the instances that have both modalities."""
-        tokens_a, tokens_v = self.contrasted(a, v)
-        pooled_a, pooled_v = tokens_a.mean()[kept_a.inverse], tokens_v.mean()[kept_v.inverse]
-        both = [n > 0 and m > 0 for n, m in zip(kept_a.batch_lengths(), kept_v.batch_lengths(), strict=True)]
-        if not all(both):
-            rows = torch.tensor([i for i, x in enumerate(both) if x], dtype=torch.int64, device=pooled_a.device)
-            pooled_a, pooled_v = pooled_a[rows], pooled_v[rows]
+        tokens_a, tokens_v = self.contrasted(a, v, layout)
+        pooled_a, pooled_v = tokens_a.mean()[layout.audio.inverse], tokens_v.mean()[layout.visual.inverse]
+        if layout.pairs is not None:
+            pooled_a, pooled_v = pooled_a[layout.pairs], pooled_v[layout.pairs]
         return info_nce(pooled_a, pooled_v, self.temperature, self.contrastive_direction)
 
-    def join(self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept) -> tuple[PackedTokens, list[int]]:
-        """Sequences [audio_i; visual_i], longest audio first, and the batch row of each."""
-        lengths_v = kept_v.batch_lengths()
-        pairs = zip(kept_a.order, kept_a.lengths, strict=True)
-        rows = [row for row, _ in sorted(pairs, key=lambda pair: (-pair[1], -lengths_v[pair[0]]))]
-        place_a = {row: place for place, row in enumerate(kept_a.order)}
-        place_v = {row: place for place, row in enumerate(kept_v.order)}
-        return a.select([place_a[r] for r in rows]).join(v.select([place_v[r] for r in rows])), rows
-
-    def fused_tokens(
-        self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept
-    ) -> tuple[PackedTokens, PackedTokens]:
-        """Fused audio and visual tokens in the orders of ``kept_a`` and ``kept_v``."""
-        joined, rows = self.join(a, v, kept_a, kept_v)
-        place = {row: i for i, row in enumerate(rows)}
-        lengths_a = kept_a.batch_lengths()
-        parts = PackedTokens(self.fuse(joined), joined.lengths).unjoin([lengths_a[row] for row in rows])
-        return parts[0].select([place[r] for r in kept_a.order]), parts[1].select([place[r] for r in kept_v.order])
-
-    def reconstruct(self, a: PackedTokens, v: PackedTokens, kept_a: Kept, kept_v: Kept) -> dict[str, Tensor]:
+    def reconstruct(self, a: PackedTokens, v: PackedTokens, layout: Layout) -> dict[str, Tensor]:
         """Predicted patches of both modalities."""
         if self.decoder is None:
             raise RuntimeError("this model was built without a decoder and cannot reconstruct")
-        fused_a, fused_v = self.fused_tokens(a, v, kept_a, kept_v)
-        audio, visual = self.decoder(fused_a.values, fused_v.values, kept_a, kept_v)
+        fused = self.fuse(layout.join(a, v), layout.plans["joined"])
+        audio, visual = self.decoder(fused, layout.places, layout.plans["dense"])
         return {"audio": audio, "visual": visual}
 
     @property
@@ -379,12 +357,13 @@ class AudioVisualMAE(nn.Module):
         batch, device = len(spectrogram), spectrogram.device
         kept_a = self.kept_or_all(audio_keep, batch, self.patch_embed_a.num_patches if given_a else 0, device)
         kept_v = self.kept_or_all(visual_keep, batch, self.patch_embed.num_patches if given_v else 0, device)
-        a, v = self.unimodal(spectrogram, frames, kept_a, kept_v)
+        layout = self.laid_out(Draws(kept_a, kept_v)).to(device).layout
+        a, v = self.unimodal(spectrogram, frames, layout)
         fused = None
         if given_a and given_v:
-            joined, rows = self.join(a, v, kept_a, kept_v)
-            fused = self.in_batch_order(PackedTokens(self.fuse(joined), joined.lengths), rows)
-        a, v = self.contrasted(a, v)
+            tokens = self.fuse(layout.join(a, v), layout.plans["joined"])
+            fused = self.in_batch_order(PackedTokens(tokens, layout.lengths), layout.rows)
+        a, v = self.contrasted(a, v, layout)
         return Features(
             self.in_batch_order(a, kept_a.order) if given_a else None,
             self.in_batch_order(v, kept_v.order) if given_v else None,
@@ -426,16 +405,16 @@ class AudioVisualMAE(nn.Module):
     def reconstruction_to_input(self, modality: str, patches: Tensor, inputs: Tensor) -> Tensor:
         """Predicted ``(B, N, P)`` patches as an input; undoes ``norm_pix`` with the true statistics."""
         audio = modality == "audio"
-        if self.norm_pix:
+        if self.normalises(modality):
             _, mean, deviation = normalise_patches((self.patchify_audio if audio else self.patchify_visual)(inputs))
             patches = patches * deviation + mean
         return (self.unpatchify_audio if audio else self.unpatchify_visual)(patches)
 
     # Training machinery.
 
-    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, lengths: Sequence[int], sizes: Sequence[int] = ()) -> Tensor:
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, plan: AttentionPlan, sizes: Sequence[int] = ()) -> Tensor:
         """Packed tokens through blocks."""
-        return run_blocks(blocks, x, AttentionPlan.of(lengths, device=x.device), sizes, self.grad_checkpointing)
+        return run_blocks(blocks, x, plan, sizes, self.grad_checkpointing)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""

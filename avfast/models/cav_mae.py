@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from avfast import checkpoints
 from avfast.masking import Kept, Structure
 from avfast.models.base import AudioVisualMAE, init_weights
+from avfast.models.draws import Draws, Layout, shared_plan
 from avfast.nn import JointDecoder, PackedBlock, SplitLayerNorm, sincos_2d
+from avfast.ops import AttentionPlan
 from avfast.packing import PackedTokens
 
 
@@ -122,28 +124,29 @@ class CAVMAE(AudioVisualMAE):
             self.head = nn.Sequential(nn.LayerNorm(embed_dim, eps=eps), nn.Linear(embed_dim, num_classes))
 
     def unimodal(
-        self, audio: Tensor, visual: Tensor, kept_a: Kept, kept_v: Kept, branch: str = "joint"
+        self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint"
     ) -> tuple[PackedTokens, PackedTokens]:
+        kept_a, kept_v, plans = layout.audio, layout.visual, layout.plans
         a = self.patch_embed_a(audio, kept_a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][kept_a.ids]
         v = self.patch_embed(visual, kept_v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][kept_v.ids]
-        a = self.run_blocks(self.blocks_a, a + self.modality_a[0], kept_a.lengths)
-        v = self.run_blocks(self.blocks_v, v + self.modality_v[0], kept_v.lengths)
+        a = self.run_blocks(self.blocks_a, a + self.modality_a[0], plans["audio"])
+        v = self.run_blocks(self.blocks_v, v + self.modality_v[0], plans["visual"])
         return PackedTokens(a, kept_a.lengths), PackedTokens(v, kept_v.lengths)
 
-    def joint_layer(self, *parts: PackedTokens | None) -> list[PackedTokens]:
-        """One packed pass over those of three parts that are given, under the joint, the audio and the visual norms."""
-        given = [part for part in parts if part is not None]
-        sizes = [0 if part is None else part.values.shape[0] for part in parts]
-        packed = PackedTokens.cat(given)
-        out = self.norm(self.run_blocks(self.blocks_u, packed.values, packed.lengths, sizes), sizes)
-        return PackedTokens(out, packed.lengths).split([len(part) for part in given])
+    def joint_layer(self, x: Tensor, plan: AttentionPlan, sizes: tuple[int, int, int]) -> Tensor:
+        """One packed pass over rows of which ``sizes`` are under the joint, the audio and the visual norms."""
+        return self.norm(self.run_blocks(self.blocks_u, x, plan, sizes), sizes)
 
-    def contrasted(self, audio: PackedTokens, visual: PackedTokens) -> tuple[PackedTokens, PackedTokens]:
-        a, v = self.joint_layer(None, audio, visual)
-        return a, v
+    def contrasted(
+        self, audio: PackedTokens, visual: PackedTokens, layout: Layout
+    ) -> tuple[PackedTokens, PackedTokens]:
+        rows = (len(audio.values), len(visual.values))
+        x = self.joint_layer(torch.cat([audio.values, visual.values]), layout.plans["both"], (0, *rows))
+        a, v = x.split(rows)
+        return PackedTokens(a, audio.lengths), PackedTokens(v, visual.lengths)
 
-    def fuse(self, joined: PackedTokens) -> Tensor:
-        return self.joint_layer(joined, None, None)[0].values
+    def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
+        return self.joint_layer(joined, plan, (len(joined), 0, 0))
 
     def classify(self, audio: Tensor | None = None, visual: Tensor | None = None, *, missing: bool = False) -> Tensor:
         """Class logits.
@@ -171,14 +174,18 @@ class CAVMAE(AudioVisualMAE):
         batch, device = len(spectrogram), spectrogram.device
         kept_a = Kept.all(batch, self.patch_embed_a.num_patches if audio is not None else 0, device)
         kept_v = Kept.all(batch, self.patch_embed.num_patches if visual is not None else 0, device)
-        a, v = self.unimodal(spectrogram, images, kept_a, kept_v)
+        layout = self.laid_out(Draws(kept_a, kept_v)).to(device).layout
+        a, v = self.unimodal(spectrogram, images, layout)
         if audio is not None and visual is not None:
-            joined = a.join(v)
-            pooled = PackedTokens(self.fuse(joined), joined.lengths).mean()
+            tokens = self.fuse(layout.join(a, v), layout.plans["joined"])
+            pooled = PackedTokens(tokens, layout.lengths).mean()
         else:
             own = a if audio is not None else v
-            parts = self.joint_layer(own if missing else None, *((a, None) if own is a else (None, v)))
-            pooled = torch.stack([part.mean() for part in parts]).mean(0)
+            rows = len(own.values)
+            sizes = (rows * missing, rows * (own is a), rows * (own is v))
+            plan = shared_plan(own.lengths * (1 + missing), device)
+            x = self.joint_layer(own.values.repeat(1 + missing, 1), plan, sizes)
+            pooled = x.unflatten(0, (1 + missing, batch, -1)).mean(2).mean(0)
         logits = self.head(pooled)
         return logits if frames is None else logits.unflatten(0, (-1, frames))
 

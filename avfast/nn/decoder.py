@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from avfast.masking import Kept
 from avfast.nn.block import PackedBlock, run_blocks
 from avfast.nn.pos_embed import sincos_2d
 from avfast.ops import AttentionPlan
@@ -61,25 +60,22 @@ class JointDecoder(nn.Module):
         self.pred_a = nn.Linear(decoder_dim, audio_patch)
         self.pred_v = nn.Linear(decoder_dim, visual_patch)
 
-    def forward(self, audio: Tensor, visual: Tensor, kept_a: Kept, kept_v: Kept) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, places: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Decode.
 
         Args:
-            audio: ``(Ta, D)`` fused tokens of the kept audio patches, in the order of ``kept_a``.
-            visual: ``(Tv, D)`` likewise.
-            kept_a: which patches they are.
-            kept_v: likewise.
+            tokens: ``(T, D)`` fused tokens of the kept patches of B instances.
+            places: ``(T,)`` int64 entry of each in the flattened (B, Na + Nv) patches, audio first.
+            plan: of B sequences of Na + Nv patches.
 
         Returns:
             Predictions ``(B, Na, Pa)`` and ``(B, Nv, Pv)`` for all patches.
         """
-        batch, total = len(kept_a.lengths), self.num_audio + self.num_visual
-        tokens = self.embed(torch.cat([audio, visual]))
-        places = torch.cat([kept_a.rows * total + kept_a.ids, kept_v.rows * total + self.num_audio + kept_v.ids])
-        x = self.mask_token.to(tokens.dtype).expand(batch, total, -1).flatten(0, 1).index_copy(0, places, tokens)
+        shape = (len(plan), self.num_audio + self.num_visual)
+        tokens = self.embed(tokens)
+        x = self.mask_token.to(tokens.dtype).expand(*shape, -1).flatten(0, 1).index_copy(0, places, tokens)
         positions = torch.cat([self.pos_embed_a + self.modality_a, self.pos_embed_v + self.modality_v], 1)
-        x = (x.unflatten(0, (batch, total)) + positions).flatten(0, 1)
-        plan = AttentionPlan.of((total,) * batch, device=x.device)
+        x = (x.unflatten(0, shape) + positions).flatten(0, 1)
         x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing)
-        x = self.norm(x).unflatten(0, (batch, total))
+        x = self.norm(x).unflatten(0, shape)
         return self.pred_a(x[:, : self.num_audio]), self.pred_v(x[:, self.num_audio :])

@@ -1,0 +1,179 @@
+"""The random choices of a step, and how its tokens are packed: all that a forward pass would otherwise ask the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from avfast.masking import Kept
+from avfast.ops import AttentionPlan
+from avfast.packing import PackedTokens, permute_rows
+
+Keep = Kept | Tensor | Sequence[Tensor]
+
+
+@lru_cache(maxsize=64)
+def shared_plan(lengths: tuple[int, ...], device: torch.device) -> AttentionPlan:
+    """A plan per lengths and device: multi-ratio masking asks for the same few at every step."""
+    with torch.inference_mode(False):
+        return AttentionPlan.of(lengths, device=device)
+
+
+def as_kept(keep: Keep) -> Kept:
+    """Pack lists of ids; pass :class:`~avfast.masking.Kept` through."""
+    return keep if isinstance(keep, Kept) else Kept.pack(keep)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How the tokens of a step are packed.
+
+    Tuples and plans depend on lengths alone, so multi-ratio masking gives the same at every step, and one compiled or
+    captured step serves all. What differs is in ``index``, which the tensors here and in ``audio`` and ``visual`` view.
+
+    Args:
+        audio: kept audio patches.
+        visual: kept visual patches.
+        rows: batch row of each joined sequence [audio_i; visual_i], on the host; longest audio first.
+        lengths: tokens of each joined sequence.
+        patches: Na + Nv.
+        order: ``(T,)`` row of [all audio; all visual] tokens for each row of the joined sequences.
+        back: ``(T,)`` the inverse.
+        places: ``(T,)`` entry of the flattened (B, Na + Nv) patches for each row of the joined sequences.
+        pairs: batch rows that have both modalities; None for all.
+        present_audio: ``(B,)`` 1 where an instance has audio; None for all.
+        present_visual: likewise.
+        index: the int64 tensor that holds all others.
+        plans: of the lengths audio + visual (``"both"``), ``"audio"``, ``"visual"``, joined (``"joined"``) and of all
+            patches joined (``"dense"``).
+    """
+
+    audio: Kept
+    visual: Kept
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    patches: int
+    order: Tensor
+    back: Tensor
+    places: Tensor
+    pairs: Tensor | None
+    present_audio: Tensor | None
+    present_visual: Tensor | None
+    index: Tensor | None = None
+    plans: dict[str, AttentionPlan] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        audio: Kept,
+        visual: Kept,
+        patches: tuple[int, int],
+        presence: tuple[Sequence[bool] | None, Sequence[bool] | None] = (None, None),
+    ) -> Layout:
+        """On the device of the kept ids, without plans.
+
+        Args:
+            audio: kept audio patches.
+            visual: kept visual patches, of as many instances.
+            patches: how many there are of audio and of visual ones.
+            presence: per instance, whether it has audio, and whether it has visual; None for all.
+        """
+        lengths_a, lengths_v = audio.batch_lengths(), visual.batch_lengths()
+        rows = sorted(range(len(audio)), key=lambda row: (-lengths_a[row], -lengths_v[row]))
+        rank = torch.tensor(rows, dtype=torch.int64).argsort().to(audio.ids.device)
+        order = torch.cat([2 * rank[audio.rows], 2 * rank[visual.rows] + 1]).argsort(stable=True)
+        total = sum(patches)
+        places = torch.cat([audio.rows * total + audio.ids, visual.rows * total + patches[0] + visual.ids])[order]
+        pairs = [row for row in range(len(audio)) if lengths_a[row] and lengths_v[row]]
+        rare = (pairs if len(pairs) < len(audio) else None, *(None if all(has or ()) else has for has in presence))
+        return cls(
+            audio, visual, tuple(rows), tuple(lengths_a[row] + lengths_v[row] for row in rows), total,
+            order, order.argsort(), places,
+            *(None if x is None else torch.tensor(x, dtype=torch.int64, device=order.device) for x in rare),
+        )  # fmt: skip
+
+    @property
+    def signature(self) -> tuple:
+        """What a captured step depends on beside the values of ``index``."""
+        optional = (self.pairs, self.present_audio, self.present_visual)
+        return self.audio.lengths, self.visual.lengths, self.lengths, *(None if x is None else len(x) for x in optional)
+
+    def to(self, device: torch.device | str) -> Layout:
+        """On a device, with plans there; one copy for all index tensors."""
+        device = torch.device(device)
+        a, v = self.audio, self.visual
+        parts = (
+            a.ids, a.rows, a.inverse, v.ids, v.rows, v.inverse, self.order, self.back, self.places,
+            self.pairs, self.present_audio, self.present_visual,
+        )  # fmt: skip
+        given = [x for x in parts if x is not None]
+        index = torch.cat(given)
+        if device.type == "cuda" and index.device.type == "cpu":
+            index = index.pin_memory()
+        index = index.to(device, non_blocking=True)
+        views = iter(index.split([len(x) for x in given]))
+        moved = [None if x is None else next(views) for x in parts]
+        lengths = {
+            "both": a.lengths + v.lengths,
+            "audio": a.lengths,
+            "visual": v.lengths,
+            "joined": self.lengths,
+            "dense": (self.patches,) * len(a),
+        }
+        return replace(
+            self,
+            audio=Kept(moved[0], moved[1], moved[2], a.lengths, a.order),
+            visual=Kept(moved[3], moved[4], moved[5], v.lengths, v.order),
+            **dict(
+                zip(("order", "back", "places", "pairs", "present_audio", "present_visual"), moved[6:], strict=True)
+            ),
+            index=index,
+            plans={name: shared_plan(n, device) for name, n in lengths.items()},
+        )
+
+    def join(self, audio: PackedTokens, visual: PackedTokens) -> Tensor:
+        """``(T, D)`` rows of the joined sequences."""
+        return permute_rows(torch.cat([audio.values, visual.values]), self.order, self.back)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices of one forward pass; what is None is drawn.
+
+    Args:
+        audio_keep: kept audio patch ids: ``(B, K)``, one 1-D int64 tensor per instance, or
+            :class:`~avfast.masking.Kept`.
+        visual_keep: likewise.
+        branch: which of the model's ``branches`` to compute.
+        has_audio: per instance, whether it has this modality. Without it no patch is kept and no loss counts it.
+        has_visual: likewise.
+
+    ``layout`` says how the tokens are packed; the model makes it, and a changed copy (``replace``) has none.
+    """
+
+    audio_keep: Keep | None = None
+    visual_keep: Keep | None = None
+    branch: str | None = None
+    has_audio: tuple[bool, ...] | None = None
+    has_visual: tuple[bool, ...] | None = None
+    layout: Layout | None = field(default=None, init=False)
+
+    def with_layout(self, layout: Layout) -> Draws:
+        """The same draws packed that way."""
+        draws = replace(self, audio_keep=layout.audio, visual_keep=layout.visual)
+        object.__setattr__(draws, "layout", layout)
+        return draws
+
+    def to(self, device: torch.device | str) -> Draws:
+        """With packed ids on another device."""
+        if self.layout is not None:
+            return self.with_layout(self.layout.to(device))
+        return replace(
+            self,
+            audio_keep=None if self.audio_keep is None else as_kept(self.audio_keep).to(device),
+            visual_keep=None if self.visual_keep is None else as_kept(self.visual_keep).to(device),
+        )
