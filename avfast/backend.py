@@ -2,7 +2,9 @@
 
 ``AVFAST_BACKEND`` or :func:`set_backend` name it: ``auto`` (the default: Triton on CUDA devices, the reference
 elsewhere), ``reference`` (the eager body, any device) or ``triton`` (an error where Triton cannot run; with
-``TRITON_INTERPRET=1`` it runs on the CPU too).
+``TRITON_INTERPRET=1`` it runs on the CPU too). ``varlen``, ``flash_attn``, ``xformers`` and ``cudnn`` are other
+people's kernels of packed attention (:mod:`avfast.ops._attention_libraries`): an error where they cannot run; every
+other op runs as under ``auto``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from importlib.util import find_spec
 
 import torch
 
-BACKENDS = ("auto", "reference", "triton")
+ATTENTION_LIBRARIES = ("varlen", "flash_attn", "xformers", "cudnn")
+BACKENDS = ("auto", "reference", "triton", *ATTENTION_LIBRARIES)
 
 
 def _checked(name: str, origin: str) -> str:
@@ -26,7 +29,7 @@ _backend = _checked(os.environ.get("AVFAST_BACKEND", "auto"), "AVFAST_BACKEND")
 
 
 def set_backend(name: str) -> None:
-    """``auto``, ``reference`` or ``triton``, for this process.
+    """One of :data:`BACKENDS`, for this process.
 
     Raises:
         ValueError: on another name.

@@ -1,9 +1,10 @@
 """One file per op: its maths, its shapes and its eager reference."""
 
 from avfast.ops.add_layer_norm import add_layer_norm
+from avfast.ops.flash_attn_varlen import flash_attn_varlen_func
 from avfast.ops.info_nce import info_nce
 from avfast.ops.masked_patch_mse import masked_patch_mse
-from avfast.ops.packed_attention import AttentionPlan, flash_attn_varlen_func, packed_attention, packed_attention_qkv
+from avfast.ops.packed_attention import AttentionPlan, packed_attention, packed_attention_qkv
 from avfast.ops.pair_attention import pair_attention, pair_weights
 from avfast.ops.patch_embed_kept import patch_embed_kept
 

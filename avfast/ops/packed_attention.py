@@ -6,8 +6,9 @@ of a sequence without keys give zeros, in outputs and gradients.
 
 Operators: ``avfast::packed_attention`` and ``avfast::packed_attention_qkv`` (one packed ``(T, 3, H, D)`` input whose
 gradient is written in place of a stack), each with its ``_backward``. The eager bodies run anywhere and group sequences
-of equal length; on CUDA devices Triton kernels run, deterministic in both directions. ``torch.func`` transforms do not
-go through custom operators, and there is no second derivative.
+of equal length; on CUDA devices Triton kernels run, deterministic in both directions, or a library that is faster for
+the shape (:mod:`avfast.ops._attention_libraries`). ``torch.func`` transforms do not go through custom operators, and
+there is no second derivative.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from avfast import backend
+from avfast.ops import _attention_libraries as libraries
 from avfast.ops import _attention_reference as reference
 
 SHORT = 256
@@ -37,6 +39,8 @@ class AttentionPlan:
         work: int32 lists of what the kernels' programs do, see :func:`work_lists`; None where none run.
         max_seqlen_q: no sequence has more queries; 0 when unknown.
         max_seqlen_k: likewise for keys.
+        total_q: queries of all sequences; 0 when only the device knows.
+        total_k: likewise for keys.
     """
 
     cu_seqlens_q: Tensor
@@ -44,6 +48,8 @@ class AttentionPlan:
     work: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    total_q: int = 0
+    total_k: int = 0
 
     @classmethod
     def of(
@@ -61,8 +67,9 @@ class AttentionPlan:
         """
         cu_seqlens_k = None if lengths_k is None else _boundaries(lengths_k)
         plan = cls(
-            _boundaries(lengths_q), cu_seqlens_k, None, max(lengths_q, default=0), max(lengths_k or (), default=0)
-        )
+            _boundaries(lengths_q), cu_seqlens_k, None, max(lengths_q, default=0), max(lengths_k or (), default=0),
+            sum(lengths_q), sum(lengths_k or ()),
+        )  # fmt: skip
         plan.check()
         return plan if device is None else plan.to(device)
 
@@ -190,9 +197,14 @@ def _work(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: Tensor 
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: Tensor | None, max_q: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: Tensor | None, max_q: int, max_k: int,
+    scale: float, total_q: int, total_k: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
+        lengths = libraries.Lengths.of(cu_q, cu_k, max_q, max_k, total_q, total_k)
+        library = libraries.choose("forward", q, lengths)
+        if library is not None:
+            return libraries.forward(library, q, k, v, lengths, scale)
         if backend.which(q.device) == "reference":
             return reference.forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, scale)
         from avfast.kernels import packed_attention as kernels
@@ -205,9 +217,15 @@ def _forward(
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
-    work: Tensor | None, max_q: int, max_k: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+    work: Tensor | None, max_q: int, max_k: int, scale: float, total_q: int, total_k: int, dq: Tensor, dk: Tensor,
+    dv: Tensor,
 ) -> None:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
+        lengths = libraries.Lengths.of(cu_q, cu_k, max_q, max_k, total_q, total_k)
+        library = libraries.choose("backward", q, lengths)
+        if library is not None:
+            libraries.backward(library, grad, q, k, v, out, lse, lengths, scale, dq, dk, dv)
+            return
         if backend.which(q.device) == "reference":
             reference.backward(grad, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, scale, dq, dk, dv)
             return
@@ -233,38 +251,44 @@ def _empty(x: Tensor) -> Tensor:
 @torch.library.custom_op("avfast::packed_attention", mutates_args=())
 def _op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, work: Tensor | None,
-    max_seqlen_q: int, max_seqlen_k: int, scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float, total_q: int = 0, total_k: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, scale)
+    return _forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, max_seqlen_k, scale, total_q, total_k
+    )  # fmt: skip
 
 
 @torch.library.custom_op("avfast::packed_attention_backward", mutates_args=())
 def _op_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None, work: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float,
+    total_q: int = 0, total_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
-    _backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, max_seqlen_k, scale, dq, dk, dv)
+    _backward(
+        grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, max_seqlen_k, scale, total_q, total_k,
+        dq, dk, dv,
+    )  # fmt: skip
     return dq, dk, dv
 
 
 @torch.library.custom_op("avfast::packed_attention_qkv", mutates_args=())
 def _op_qkv(
-    qkv: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int, scale: float
+    qkv: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int, scale: float, total: int = 0
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(1)
-    return _forward(q, k, v, cu_seqlens, None, work, max_seqlen, scale)
+    return _forward(q, k, v, cu_seqlens, None, work, max_seqlen, 0, scale, total, 0)
 
 
 @torch.library.custom_op("avfast::packed_attention_qkv_backward", mutates_args=())
 def _op_qkv_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int,
-    scale: float,
+    scale: float, total: int = 0,
 ) -> Tensor:  # fmt: skip
     gradient = _empty(qkv)
     q, k, v = qkv.unbind(1)
     dq, dk, dv = gradient.unbind(1)
-    _backward(grad, q, k, v, out, lse, cu_seqlens, None, work, max_seqlen, 0, scale, dq, dk, dv)
+    _backward(grad, q, k, v, out, lse, cu_seqlens, None, work, max_seqlen, 0, scale, total, 0, dq, dk, dv)
     return gradient
 
 
@@ -289,7 +313,7 @@ def _(grad: Tensor, qkv: Tensor, *args: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tensors = inputs[:6] if len(inputs) == 9 else inputs[:3]
+    tensors = inputs[:3] if isinstance(inputs[3], int | torch.SymInt) else inputs[:6]
     ctx.numbers = inputs[len(tensors) :]
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
@@ -386,7 +410,9 @@ def packed_attention(
         raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     p = _plan(plan, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     scale = _scale(scale, q.shape[-1])
-    return _op(q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, p.work, p.max_seqlen_q, p.max_seqlen_k, scale)[0]
+    return _op(
+        q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, p.work, p.max_seqlen_q, p.max_seqlen_k, scale, p.total_q, p.total_k
+    )[0]  # fmt: skip
 
 
 def packed_attention_qkv(
@@ -415,46 +441,4 @@ def packed_attention_qkv(
         raise ValueError("packed_attention_qkv needs a plan of one set of lengths, got one with lengths_k")
     qkv = _autocast(qkv)
     p = _plan(plan, qkv, qkv, cu_seqlens, None, max_seqlen, None)
-    return _op_qkv(qkv, p.cu_seqlens_q, p.work, p.max_seqlen_q, _scale(scale, qkv.shape[-1]))[0]
-
-
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Sequence[int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-) -> Tensor:
-    """:func:`packed_attention` under the signature of flash-attn's function, for people who switch over.
-
-    It is deterministic whether asked or not.
-
-    Raises:
-        NotImplementedError: on dropout, causal or windowed attention, soft capping, ALiBi, paged keys, fewer key heads
-            than query heads, and when the probabilities are asked for.
-    """
-    asked = {
-        f"dropout_p={dropout_p}": dropout_p != 0,
-        "causal=True": causal,
-        f"window_size={tuple(window_size)}": any(size >= 0 for size in window_size),
-        f"softcap={softcap}": softcap != 0,
-        "alibi_slopes": alibi_slopes is not None,
-        "return_attn_probs=True": return_attn_probs,
-        "block_table": block_table is not None,
-        "fewer heads in k than in q": k.shape[1] != q.shape[1],
-    }
-    refused = [name for name, is_asked in asked.items() if is_asked]
-    if refused:
-        raise NotImplementedError(f"packed_attention does not do {', '.join(refused)}")
-    return packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=softmax_scale)
+    return _op_qkv(qkv, p.cu_seqlens_q, p.work, p.max_seqlen_q, _scale(scale, qkv.shape[-1]), p.total_q)[0]
