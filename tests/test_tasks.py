@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from avfast.tasks.features import KINDS, pooled
 from avfast.tasks.probe import average_precision, linear_probe
 from avfast.tasks.retrieval import chance, ranks, recall, retrieval
 
@@ -105,3 +106,38 @@ def test_average_precision_is_scikit_learns():
         positive = torch.rand(50) < 0.3
         expected = metrics.average_precision_score(positive.numpy(), scores.numpy())
         assert average_precision(scores, positive) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pooled_features_read_what_a_clip_has():
+    from avfast import create_model
+    from avfast.data.clips import Failure, Sample, collate
+
+    model = create_model("avsiam_tiny", embed_dim=32, depth=1, decoder_depth=0)
+    has = {7: (True, True), 2: (True, False), 5: (False, True), 4: (True, True)}
+    samples = {
+        index: Sample(
+            index, 0, place, torch.randn(16000) if sound else None,
+            torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8) if pictures else None, (place,), False,
+        )
+        for place, (index, (sound, pictures)) in enumerate(has.items())
+    }  # fmt: skip
+    broken = Failure("x.mp4", "broken", index=9)
+    batches = [[samples[7], samples[2]], [broken], [samples[5], samples[4]]]
+    loader = [collate(batch, total=4, image_size=64, num_classes=4) for batch in batches]
+    found = pooled(model, loader, "cpu")
+    assert found["index"].tolist() == [2, 4, 5, 7] and found["failures"] == [broken] and model.training
+    assert found["labels"].argmax(1).tolist() == [1, 3, 2, 0]
+    model.eval()
+    for row, index in enumerate(found["index"].tolist()):
+        sample, (sound, pictures) = samples[index], has[index]
+        audio = model.frontend.audio(sample.waveform[None]) if sound else None
+        visual = model.frontend.visual(sample.frames) if pictures else None
+        with torch.no_grad():
+            features = model.encode(audio, visual)
+        for kind in KINDS:
+            tokens = getattr(features, kind)
+            assert found[f"has_{kind}"][row] == (tokens is not None)
+            want = torch.zeros(32) if tokens is None else tokens[0].mean(0)
+            torch.testing.assert_close(found[kind][row], want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no clip could be read"):
+        pooled(model, [collate([broken], total=1, image_size=64)], "cpu")

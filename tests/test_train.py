@@ -18,6 +18,7 @@ from avfast.data.demo import build
 from avfast.train import checkpoint, data, parallel
 from avfast.train.__main__ import main
 from avfast.train.config import SettingError
+from avfast.train.log import read_metrics
 from avfast.train.loop import run
 from avfast.train.monitor import RunError
 from avfast.train.recipes import demo
@@ -150,7 +151,7 @@ def test_a_kill_while_writing_loses_that_checkpoint_only(tmp_path, clips):
 def test_two_processes_equal_one(shard, tmp_path, clips, mixed):
     """20 steps; unequal shares (17 clips in a batch, 5 of them bad or without pictures), accumulation."""
     one = replace(settings(tmp_path / "one", clips), data=(mixed,), class_csv=None, evaluate=True, pictures=3)
-    one = replace(one, steps=20, batch_size=18, accumulate=2, max_bad_files=0.5, lr=3e-3)
+    one = replace(one, steps=20, batch_size=18, accumulate=2, max_bad_files=0.5, lr=3e-3, neighbours_every=10.0)
     with pytest.warns(UserWarning, match="batches of 17"):
         run(one)
     two = replace(one, out=str(tmp_path / "two"), batch_size=9, shard=shard)
@@ -165,6 +166,7 @@ def test_two_processes_equal_one(shard, tmp_path, clips, mixed):
     assert {Path(p).name for p in summaries[0]["bad_files"]["files"]} == {"text.mp4", "empty.mp4", "cut.mp4"}
     assert summaries[1]["processes"] == 2 and summaries[1]["short_clips"] == 2
     assert summaries[0]["retrieval"] == summaries[1]["retrieval"] and summaries[0]["retrieval"]["gallery"] == 8
+    assert summaries[0]["neighbours"] == summaries[1]["neighbours"]
     assert (tmp_path / "two/reconstruction.png").exists()
 
 
@@ -228,22 +230,27 @@ def test_half_precision_has_a_scaler_per_branch(tmp_path, clips):
 
 def test_summary_pictures_and_evaluation_of_a_checkpoint(tmp_path, clips, capsys):
     config = settings(tmp_path / "run", clips)
-    summary = run(replace(config, evaluate=True, pictures=2, tensorboard=True))
+    summary = run(replace(config, evaluate=True, pictures=2, tensorboard=True, neighbours_every=0.5))
     assert summary == json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["retrieval"]["gallery"] == 8 and summary["clips"] == {"train": 16, "held_out": 8}
     for direction in ("audio_to_visual", "visual_to_audio"):
         assert set(summary["retrieval"][direction]) == {"R@1", "R@5", "R@10", "MdR"}
         assert 0 <= summary["retrieval"][direction]["R@1"] <= summary["retrieval"][direction]["R@5"] <= 1
-    assert {"accuracy", "chance", "audio", "visual"} <= set(summary["probe"]) and summary["clips_per_second"] > 0
+    assert {"accuracy", "chance", "fused", "audio", "visual"} <= set(summary["probe"])
+    assert summary["clips_per_second"] > 0
+    rows = {row["step"]: row.get("neighbours") for row in read_metrics(tmp_path / "run/metrics.jsonl")}
+    assert rows[1] is None and rows[2]["score"] == "accuracy" and rows[4] == summary["neighbours"]
+    assert {"audio", "visual", "fused", "sum", "chance"} < set(rows[2])
     for name in ("loss.png", "reconstruction.png"):
         assert (tmp_path / "run" / name).read_bytes()[:4] == b"\x89PNG"
-    assert "audio to visual" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "audio to visual" in printed and "nearest neighbour, accuracy: chance" in printed
 
     from avfast.train.evaluate import main as evaluate
 
     assert evaluate([str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run/evaluation-step-4.json").read_text())
-    assert report["retrieval"] == summary["retrieval"] and report["probe"] == summary["probe"]
+    assert all(report[name] == summary[name] for name in ("retrieval", "probe", "neighbours"))
     model = checkpoint.load_model(tmp_path / "run")
     assert torch.equal(
         model.state_dict()["pos_embed"], checkpoint.load(checkpoint.find(tmp_path / "run"))[0]["pos_embed"]

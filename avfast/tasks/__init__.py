@@ -1,1 +1,1 @@
-"""What a representation is used for: pooled features, retrieval between modalities, linear probes."""
+"""What a representation is used for: pooled features, retrieval between modalities, probes, neighbours."""

@@ -1,4 +1,4 @@
-"""Frozen features of a set of clips, one vector per clip and modality."""
+"""Frozen features of a set of clips, one vector per clip and kind of token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from avfast.distributed import world_size
 
+KINDS = ("audio", "visual", "fused")
+
 
 @torch.no_grad()
 def pooled(
@@ -22,6 +24,9 @@ def pooled(
 ) -> dict[str, Any]:
     """Mean over the tokens of ``model.encode`` for every clip of ``loader``, gathered from all processes.
 
+    A clip is encoded with all the modalities it has. In models that fuse early, its audio tokens have then met the
+    picture and the other way round, as in DeepAVFusion's own probes; elsewhere they have not.
+
     Args:
         model: with ``encode`` and ``frontend``; evaluated in eval mode, its mode is restored.
         loader: of :class:`avfast.data.clips.Batch`; in a distributed run each process brings its share.
@@ -29,15 +34,16 @@ def pooled(
         autocast: context under which the model runs.
 
     Returns:
-        On the CPU and in the order of the clips' index: ``audio`` and ``visual`` ``(N, D)`` float32 (zeros where a clip
-        lacks the modality), ``has_audio`` and ``has_visual`` ``(N,)`` bool, ``labels`` ``(N, C)`` or None, ``index``
-        ``(N,)`` int64, and ``failures``, the list of clips that could not be read.
+        On the CPU and in the order of the clips' index: ``audio``, ``visual`` and ``fused`` ``(N, D)`` float32 (zeros
+        where a clip lacks a modality that they need), ``has_audio``, ``has_visual`` and ``has_fused`` ``(N,)`` bool,
+        ``labels`` ``(N, C)`` or None, ``index`` ``(N,)`` int64, and ``failures``, the list of clips that could not be
+        read.
     """
     training = model.training
     model.eval()
-    rows: dict[str, list[Tensor]] = {
-        name: [] for name in ("audio", "visual", "has_audio", "has_visual", "index", "labels")
-    }
+    rows: dict[str, list[Tensor]] = {"index": [], "labels": []}
+    for kind in KINDS:
+        rows |= {kind: [], f"index_{kind}": []}
     failures: list[Any] = []
     for batch in loader:
         failures.extend(batch.failures)
@@ -45,20 +51,25 @@ def pooled(
             continue
         audio = model.frontend.audio(batch.waveform.to(device), batch.num_samples.to(device))
         visual = model.frontend.visual(batch.frames.to(device))
-        with autocast():
-            # one modality at a time: a fused pass would let a missing partner leak into the other's feature
-            features = {"audio": model.encode(audio=audio).audio, "visual": model.encode(visual=visual).visual}
-        for name, present in (("audio", batch.has_audio), ("visual", batch.has_visual)):
-            present = torch.as_tensor(present)
-            rows[name].append(features[name].float().mean(1).cpu().masked_fill(~present[:, None], 0))
-            rows[f"has_{name}"].append(present)
-        rows["index"].append(torch.as_tensor(batch.index))
+        has_audio, has_visual = torch.as_tensor(batch.has_audio), torch.as_tensor(batch.has_visual)
+        index = torch.as_tensor(batch.index)
+        # clips that have the same modalities together: a blank partner must not leak into what the other one gives
+        for with_audio, with_visual in ((True, True), (True, False), (False, True)):
+            some = ((has_audio == with_audio) & (has_visual == with_visual)).nonzero()[:, 0]
+            if not len(some):
+                continue
+            place = some.to(device)
+            with autocast():
+                found = model.encode(audio[place] if with_audio else None, visual[place] if with_visual else None)
+            for kind in KINDS:
+                if (tokens := getattr(found, kind)) is not None:
+                    rows[kind].append(tokens.float().mean(1).cpu())
+                    rows[f"index_{kind}"].append(index[some])
+        rows["index"].append(index)
         if batch.labels is not None:
             rows["labels"].append(batch.labels)
     model.train(training)
-    found = _gather({name: torch.cat(parts) for name, parts in rows.items() if parts}, failures)
-    found.setdefault("labels", None)
-    return found
+    return _gather({name: torch.cat(parts) for name, parts in rows.items() if parts}, failures)
 
 
 def _gather(local: dict[str, Tensor], failures: list[Any]) -> dict[str, Any]:
@@ -69,6 +80,14 @@ def _gather(local: dict[str, Tensor], failures: list[Any]) -> dict[str, Any]:
     filled = [part for part, _ in shares if part]
     if not filled:
         raise ValueError("no clip could be read: there are no features")
-    order = torch.cat([part["index"] for part in filled]).argsort()
-    found: dict[str, Any] = {name: torch.cat([part[name] for part in filled])[order] for name in filled[0]}
+    names = dict.fromkeys(name for part in filled for name in part)
+    all_rows = {name: torch.cat([part[name] for part in filled if name in part]) for name in names}
+    index, order = all_rows["index"].sort()
+    found: dict[str, Any] = {"index": index, "labels": all_rows["labels"][order] if "labels" in all_rows else None}
+    width = next(all_rows[kind].shape[1] for kind in KINDS if kind in all_rows)
+    for kind in KINDS:
+        values = all_rows.get(kind, torch.zeros(0, width))
+        place = torch.searchsorted(index, all_rows.get(f"index_{kind}", index[:0]))
+        found[kind] = torch.zeros(len(index), values.shape[1]).index_copy(0, place, values)
+        found[f"has_{kind}"] = torch.zeros(len(index), dtype=torch.bool).index_fill(0, place, True)
     return found | {"failures": [failure for _, more in shares for failure in more]}

@@ -88,6 +88,8 @@ class Config:
     device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one, else cpu")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "of autocast; auto: bf16 where the GPU has it")
     shard: Literal["none", "fsdp2"] = setting("none", "fsdp2: parameters sharded over processes, block by block")
+    compile: bool = setting(False, "torch.compile of the model's pass")
+    cuda_graph: bool = setting(False, "replay the pass as a CUDA graph; with and without --compile, one process")
     checkpoint_activations: bool = setting(False, "recompute activations in the backward pass to save memory")
     deterministic: bool = setting(False, "deterministic kernels only; a run repeats bit for bit on one device")
 
@@ -96,16 +98,19 @@ class Config:
     keep_checkpoints: int = setting(2, "newest checkpoints kept; 0: all")
     tensorboard: bool = setting(True, "write TensorBoard events where tensorboard is installed")
     pictures: int = setting(4, "held-out clips whose reconstruction is drawn at the end; 0: none")
-    evaluate: bool = setting(True, "retrieval and linear probe at the end")
+    evaluate: bool = setting(True, "retrieval, linear probe and nearest neighbours at the end")
     eval_clips: int | None = setting(None, "at most so many held-out clips (the first by id hash)")
     probe_clips: int = setting(20000, "at most so many training clips for the linear probe; 0: no probe")
+    neighbours_every: float | None = setting(
+        None, "epochs between the accuracies of nearest neighbours among the held-out clips in metrics.jsonl"
+    )
     probe_l2: float = setting(1e-2, "weight penalty of the linear probe")
     group_parts: int = setting(0, "also rank among clips whose class names share so many first comma-separated parts")
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float | None]] = {
             "eval_fraction": (0, 1), "max_bad_files": (0, 1), "seed": (0, 2**63), "decay_every": (1e-9, None),
-            "eval_clips": (2, None), "unimodal_ramp": (0, 1),
+            "eval_clips": (2, None), "neighbours_every": (1e-9, None), "unimodal_ramp": (0, 1),
         }  # fmt: skip
         at_least_0 = (
             "lr epochs steps workers keep_checkpoints pictures warmup_steps warmup_epochs clip_grad probe_clips "

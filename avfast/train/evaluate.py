@@ -1,4 +1,4 @@
-"""Retrieval and linear probe of a trained model on held-out clips.
+"""Retrieval, linear probe and nearest neighbours of a trained model on held-out clips.
 
 ``python -m avfast.train.evaluate RUN [--eval_data PATH] [--field value ...]`` evaluates the newest checkpoint of a run
 folder (or the given checkpoint folder) and writes ``RUN/evaluation-step-N.json``.
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from avfast.data.clips import ClipDataset, Failure, eval_loader
 from avfast.data.manifest import ClipList
-from avfast.tasks.features import pooled
+from avfast.tasks.features import KINDS, pooled
+from avfast.tasks.knn import nearest_neighbour
 from avfast.tasks.probe import linear_probe
 from avfast.tasks.retrieval import retrieval
 from avfast.train import checkpoint, data, parallel
@@ -28,9 +29,11 @@ from avfast.train.recipes import RECIPES
 USAGE = "python -m avfast.train.evaluate RUN [--field value ...]"
 
 
-def features(model: nn.Module, config: Config, clips: ClipList, device: torch.device) -> dict[str, Any]:
+def features(model: nn.Module, config: Config, clips: ClipList | ClipDataset, device: torch.device) -> dict[str, Any]:
     """Pooled features of every clip without augmentation, see :func:`avfast.tasks.features.pooled`."""
-    dataset = ClipDataset(clips, frontend=model.frontend, train=False, seed=config.seed)
+    dataset = clips
+    if isinstance(clips, ClipList):
+        dataset = ClipDataset(clips, frontend=model.frontend, train=False, seed=config.seed)
     loader = eval_loader(
         dataset, config.batch_size, config.workers, rank=parallel.rank(), world_size=parallel.world_size()
     )
@@ -44,10 +47,11 @@ def evaluate(
     """Scores of a model and the files that could not be read.
 
     Returns:
-        ``{"retrieval": {...} | None, "probe": {...} | None, "notes": [...]}`` and the failures. ``retrieval`` has
-        ``within_group`` where ``group_parts`` is set and the clips have classes; ``notes`` say what is missing.
+        ``{"retrieval": ..., "probe": ..., "neighbours": ..., "notes": [...]}`` and the failures. What the model or the
+        clips do not offer is None, and ``notes`` say why: retrieval needs a model that contrasts the modalities, the
+        others classes. ``retrieval`` has ``within_group`` where ``group_parts`` is set and the clips have classes.
     """
-    scores: dict[str, Any] = {"retrieval": None, "probe": None, "notes": []}
+    scores: dict[str, Any] = {"retrieval": None, "probe": None, "neighbours": None, "notes": []}
     held_out = data.first(held_out, config.eval_clips)
     if len(held_out) < 2:
         scores["notes"].append(f"{len(held_out)} clips held out; give --eval_data or a larger --eval_fraction")
@@ -55,7 +59,9 @@ def evaluate(
     test = features(model, config, held_out, device)
     failures = list(test["failures"])
     pairs = test["has_audio"] & test["has_visual"]
-    if pairs.sum() < 2:
+    if not getattr(model, "contrastive_weight", 0):
+        scores["notes"].append("the model does not contrast sound and pictures: no retrieval")
+    elif pairs.sum() < 2:
         scores["notes"].append("fewer than 2 held-out clips have both sound and pictures: no retrieval")
     else:
         audio, visual = test["audio"][pairs], test["visual"][pairs]
@@ -63,9 +69,10 @@ def evaluate(
         groups = group_ids(held_out, test["index"][pairs], config.group_parts)
         if groups is not None and len(groups.unique()) < len(groups):
             scores["retrieval"]["within_group"] = retrieval(audio, visual, groups)
+    scores["neighbours"] = neighbours(test, scores["notes"])
     if test["labels"] is None or not config.probe_clips:
         scores["notes"].append(
-            "the clips have no classes: no linear probe" if config.probe_clips else "probe_clips is 0"
+            "the clips have no classes: no linear probe" if config.probe_clips else "probe_clips is 0: no linear probe"
         )
         return scores, failures
     fitted = features(model, config, data.first(train, config.probe_clips), device)
@@ -74,20 +81,52 @@ def evaluate(
     return scores, failures
 
 
+def neighbours(found: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
+    """:func:`avfast.tasks.knn.nearest_neighbour` among the clips that have a class and every kind of features."""
+    if found["labels"] is None:
+        return None
+    kinds = [kind for kind in KINDS if found[f"has_{kind}"].any()]
+    usable = torch.stack([found[f"has_{kind}"] for kind in kinds]).all(0) & (found["labels"].sum(1) > 0)
+    try:
+        return nearest_neighbour({kind: found[kind][usable] for kind in kinds}, found["labels"][usable])
+    except ValueError as error:
+        notes.append(f"nearest neighbours: {error}")
+        return None
+
+
+class Neighbours:
+    """Accuracy of nearest neighbours among the held-out clips, again and again while a model is trained.
+
+    Args:
+        config: of the run; ``cache_media`` keeps the decoded clips.
+        held_out: the clips.
+        frontend: of the model.
+    """
+
+    def __init__(self, config: Config, held_out: ClipList, frontend: Any) -> None:
+        self.config = config
+        clips = data.first(held_out, config.eval_clips)
+        self.dataset = ClipDataset(clips, frontend=frontend, train=False, seed=config.seed, cache=config.cache_media)
+
+    def __call__(self, model: nn.Module, device: torch.device) -> dict[str, Any] | None:
+        """What :func:`neighbours` gives now. Every process must call it."""
+        return neighbours(features(model, self.config, self.dataset, device), [])
+
+
 def probes(train: dict[str, Any], test: dict[str, Any], l2: float, notes: list[str]) -> dict[str, Any] | None:
-    """Linear probes of the joint features (audio and visual side by side) and of each modality.
+    """Linear probes of the joint features (audio and visual side by side) and of each kind of features alone.
 
     Returns:
-        The joint probe's figures, and those of the others under ``audio`` and ``visual``. Each probe uses the clips
-        that have the modalities it reads.
+        The joint probe's figures, and the score of the others under ``fused``, ``audio`` and ``visual``. Each probe
+        uses the clips that have the modalities it reads.
     """
     found: dict[str, Any] = {}
-    for name in ("joint", "audio", "visual"):
+    for name in ("joint", "fused", "audio", "visual"):
         sides = []
         for rows in (train, test):
-            needed = ("audio", "visual") if name == "joint" else (name,)
-            usable = torch.stack([rows[f"has_{m}"] for m in needed]).all(0) & (rows["labels"].sum(1) > 0)
-            sides += [torch.cat([rows[m][usable] for m in needed], 1), rows["labels"][usable]]
+            parts = ("audio", "visual") if name == "joint" else (name,)
+            usable = torch.stack([rows[f"has_{part}"] for part in parts]).all(0) & (rows["labels"].sum(1) > 0)
+            sides += [torch.cat([rows[part][usable] for part in parts], 1), rows["labels"][usable]]
         try:
             found[name] = linear_probe(*sides, l2=l2)
         except ValueError as error:
@@ -95,7 +134,7 @@ def probes(train: dict[str, Any], test: dict[str, Any], l2: float, notes: list[s
     if "joint" not in found:
         return None
     key = "accuracy" if "accuracy" in found["joint"] else "mAP"
-    return found["joint"] | {name: found[name].get(key) for name in ("audio", "visual") if name in found}
+    return found["joint"] | {name: found[name].get(key) for name in found if name != "joint"}
 
 
 def group_ids(clips: ClipList, index: Tensor, parts: int) -> Tensor | None:
@@ -125,9 +164,14 @@ def table(scores: dict[str, Any]) -> str:
     if probe := scores["probe"]:
         key = "accuracy" if "accuracy" in probe else "mAP"
         lines.append(f"{'linear probe':30}{key:>9}")
-        for name, value in {"joint": probe[key], **{k: probe[k] for k in ("audio", "visual") if k in probe}}.items():
+        for name, value in {"joint": probe[key], **{kind: probe[kind] for kind in KINDS if kind in probe}}.items():
             lines.append(f"  {name:28}{value:9.1%}")
         lines.append(f"  {'chance':28}{probe['chance']:9.1%}")
+    if near := scores["neighbours"]:
+        lines.append(f"{'nearest neighbour':30}{near['score']:>9}")
+        for name in (*KINDS, "sum", "chance"):
+            if name in near:
+                lines.append(f"  {name:28}{near[name]:9.1%}")
     return "\n".join(lines + [f"note: {note}" for note in scores["notes"]])
 
 

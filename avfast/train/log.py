@@ -65,13 +65,15 @@ class Log:
             self.bar.update()
 
     def record(self, step: int, row: dict[str, Any]) -> None:
-        """One row of metrics.jsonl and its line. ``row``: loss, losses, lr, clips_per_second, epoch, ..."""
+        """One row of metrics.jsonl and its line. ``row``: loss, losses, lr, clips_per_second, epoch, neighbours."""
         if not self.active:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
         if self.events is not None:
-            for name, value in ({k: v for k, v in row.items() if k != "losses"} | row["losses"]).items():
+            plain = {k: v for k, v in row.items() if k not in ("losses", "neighbours")}
+            found = {f"neighbours/{k}": v for k, v in (row.get("neighbours") or {}).items() if k != "score"}
+            for name, value in (plain | row["losses"] | found).items():
                 self.events.add_scalar(name, value, step)
         left = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
         parts = "  ".join(f"{name} {value:.4f}" for name, value in row["losses"].items())
@@ -79,6 +81,9 @@ class Log:
             f"step {step}/{self.total}  epoch {row['epoch']:.1f}  loss {row['loss']:.4f}  {parts}  lr {row['lr']:.2e}  "
             f"{row['clips_per_second']:.1f} clips/s  eta {int(left // 60)}:{int(left % 60):02d}"
         )
+        if near := row.get("neighbours"):
+            scores = "  ".join(f"{name} {near[name]:.1%}" for name in near if name != "score")
+            self.say(f"nearest neighbour, {near['score']}: {scores}")
 
     def close(self) -> None:
         """Ends the bar and the event file."""

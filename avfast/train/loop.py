@@ -15,9 +15,10 @@ from avfast.data.manifest import ClipList
 from avfast.distributed import world_size
 from avfast.train import checkpoint, data, parallel
 from avfast.train.config import Config, SettingError
+from avfast.train.evaluate import Neighbours
 from avfast.train.log import Log
 from avfast.train.monitor import Window, account
-from avfast.train.setup import build_model, check_same, resume_point, run_folder, seed_everything
+from avfast.train.setup import build_model, check_same, resume_point, run_folder, seed_everything, whole_model
 from avfast.train.summary import finish
 from avfast.train.trainer import Trainer, learning_rate, unimodal_factor
 
@@ -77,7 +78,10 @@ def run(config: Config) -> dict[str, Any]:
             log.say("decoding all clips into memory")
             failures = parallel.gather(dataset.warm(log.progress(len(dataset))))
             account(bad, [failure for share in failures for failure in share], log)
-        speed = fit(trainer, clips, iter(loader), log, bad, out, start, total, per_epoch)
+        probe = None
+        if config.neighbours_every and len(held_out) > 1 and held_out.class_names:
+            probe = Neighbours(config, held_out, trainer.model.frontend)
+        speed = fit(trainer, clips, iter(loader), log, bad, out, start, total, per_epoch, probe)
         short = len(set().union(*parallel.gather(loader.short)))
         return finish(trainer, train, held_out, log, bad, out, total, speed, short)
     finally:
@@ -118,10 +122,12 @@ def fit(
     start: int,
     total: int,
     per_epoch: float,
+    probe: Neighbours | None = None,
 ) -> float | None:
-    """The training loop. Returns clips per second over all processes, checkpoints left out."""
+    """The training loop. Returns clips per second over all processes, probes and checkpoints left out."""
     config = trainer.config
     every = config.checkpoint_every or max(round(per_epoch), 1)
+    probe_every = max(round((config.neighbours_every or 0) * per_epoch), 1)
     window = Window()
     done, seconds = 0, 0.0
     for step in range(start, total):
@@ -130,14 +136,17 @@ def fit(
         window.add(step + 1, trainer.step(batches, rate, unimodal_factor(config, step, total)), batches)
         log.advance()
         saves = (step + 1) % every == 0 or step + 1 == total
-        if saves or (step + 1) % config.log_every == 0:
+        probes = probe is not None and (step + 1) % probe_every == 0
+        if saves or probes or (step + 1) % config.log_every == 0:
             row = window.close(clips, bad, log)
-            window = Window()
             done, seconds = done + row.pop("clips"), seconds + row.pop("seconds")
-            log.record(step + 1, row | {"lr": rate, "epoch": (step + 1) / per_epoch})
-        if saves:
-            save(trainer, out, step + 1, bad)
-            window = Window()  # the clock starts after the writing
+            row |= {"lr": rate, "epoch": (step + 1) / per_epoch}
+            if probe is not None and probes:
+                row["neighbours"] = probe(whole_model(trainer), trainer.device)
+            log.record(step + 1, row)
+            if saves:
+                save(trainer, out, step + 1, bad)
+            window = Window()  # the clock starts after probing and writing
     return done / seconds if seconds else None
 
 

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,12 +17,15 @@ from avfast.distributed import world_size
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config, SettingError
 
+if TYPE_CHECKING:
+    from avfast.train.trainer import Trainer
+
 # Settings that may change when a run is resumed: where it runs, how long, what it says, how it is judged.
 FREE = {
     "out", "resume", "epochs", "steps", "device", "workers", "cache_media", "shard", "checkpoint_activations",
     "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "pictures", "evaluate", "eval_clips",
-    "probe_clips", "probe_l2", "group_parts", "max_bad_files", "eval_data", "timm", "init_ast", "init_from",
-    "batch_size", "paper_batch",
+    "probe_clips", "probe_l2", "neighbours_every", "group_parts", "max_bad_files", "eval_data", "timm", "init_ast",
+    "init_from", "batch_size", "paper_batch",
 }  # fmt: skip
 
 
@@ -92,6 +95,19 @@ def build_model(config: Config, fresh: bool = True) -> nn.Module:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise SettingError(f"--init_from {config.init_from}: {' '.join(str(error).split())}") from None
+    return model
+
+
+def whole_model(trainer: Trainer) -> nn.Module:
+    """The model for evaluation; a copy where parameters are sharded. Every process must call it.
+
+    Sharded parameters gather block by block in step with the other processes, and evaluation does not go in step.
+    """
+    if trainer.config.shard == "none":
+        return trainer.model
+    state = trainer.model_state(everywhere=True)
+    model = build_model(trainer.config, fresh=False).to(trainer.device)
+    model.load_state_dict(state)
     return model
 
 

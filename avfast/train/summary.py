@@ -16,7 +16,7 @@ from avfast.train.evaluate import evaluate, table
 from avfast.train.log import Log
 from avfast.train.monitor import account
 from avfast.train.pictures import draw_losses, draw_reconstructions, reconstructions
-from avfast.train.setup import build_model
+from avfast.train.setup import whole_model
 from avfast.train.trainer import Trainer
 
 
@@ -32,13 +32,8 @@ def finish(
     short: int,
 ) -> dict[str, Any]:
     """Evaluation, pictures and summary.json."""
-    config, model = trainer.config, trainer.model
-    if config.shard != "none":
-        # sharded parameters gather block by block in step with the other processes; evaluation does not go in step
-        state = trainer.model_state(everywhere=True)
-        model = build_model(config, fresh=False).to(trainer.device)
-        model.load_state_dict(state)
-    summary: dict[str, Any] = {"retrieval": None, "probe": None, "notes": []}
+    config, model = trainer.config, whole_model(trainer)
+    summary: dict[str, Any] = {"retrieval": None, "probe": None, "neighbours": None, "notes": []}
     if config.evaluate:
         summary, failures = evaluate(model, config, train, held_out, trainer.device)
         account(bad, failures, log)
