@@ -19,7 +19,7 @@ from avfast.ops.masked_patch_mse import normalise_patches
 from avfast.packing import PackedTokens
 
 if TYPE_CHECKING:
-    from avfast.data.frontend import KaldiFrontend
+    from avfast.data.frontend import Frontend
 
 
 @dataclass
@@ -132,7 +132,7 @@ class AudioVisualMAE(nn.Module):
     # Inputs.
 
     @cached_property
-    def frontend(self) -> KaldiFrontend:
+    def frontend(self) -> Frontend:
         """What turns waveforms and frames into this model's inputs."""
         from avfast.data.frontend import KaldiFrontend
 
@@ -275,10 +275,8 @@ class AudioVisualMAE(nn.Module):
                 loss = loss + self.reconstruction_weight * term
         return Output(loss, losses, reconstruction, accuracy)
 
-    def prepare(
-        self, audio: Tensor | None, visual: Tensor | None, draws: Draws | None
-    ) -> tuple[Tensor, Tensor, Draws]:
-        """Spectrogram and frames, an absent one as zeros, and complete draws that keep nothing of it."""
+    def prepare(self, audio: Tensor | None, visual: Tensor | None, draws: Draws | None) -> tuple[Tensor, Tensor, Draws]:
+        """Spectrogram and frames, an absent one as zeros, and the complete draws."""
         present_a, present_v = audio is not None, visual is not None
         spectrogram, visual = self.inputs(audio, visual)
         batch = len(spectrogram)

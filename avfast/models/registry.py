@@ -10,6 +10,7 @@ from typing import Any
 from avfast.models.avsiam import AVSiam
 from avfast.models.base import AudioVisualMAE
 from avfast.models.cav_mae import CAVMAE
+from avfast.models.deepavfusion import DeepAVFusion
 
 TINY = {
     "img_size": 64, "patch_size": 8, "audio_size": (192, 64), "audio_patch_size": 16, "embed_dim": 128, "num_heads": 4,
@@ -27,6 +28,12 @@ PRESETS: dict[str, tuple[Callable[..., AudioVisualMAE], dict[str, Any]]] = {
     "avsep_large": (AVSiam, {**LARGE, "shared": False}),
     "cav_mae_tiny": (CAVMAE, {**TINY, "depth": 3}),
     "cav_mae_base": (CAVMAE, {}),
+    "deepavfusion_tiny": (
+        DeepAVFusion,
+        {**TINY, "depth": 4, "fusion_arch": "dense", "num_fusion_tokens": (8, 4, 4), "fusion_attn_ratio": 0.5},
+    ),
+    "deepavfusion_base": (DeepAVFusion, {}),
+    "deepavfusion_audioset": (DeepAVFusion, {"fusion_attn_ratio": 1.0, "fusion_mlp_ratio": 4.0}),
 }
 
 

@@ -1,0 +1,79 @@
+"""How the tokens of a DeepAVFusion step are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from avfast.masking import Kept
+from avfast.models.draws import Layout, shared_plan
+from avfast.nn.fusion import TokenLayout
+
+
+@lru_cache(maxsize=64)
+def shared_tokens(lengths: tuple[int, ...], context: int, device: torch.device) -> TokenLayout:
+    """A layout per lengths and device: every step asks for the same."""
+    with torch.inference_mode(False):
+        return TokenLayout.of(lengths, context, device)
+
+
+@dataclass(frozen=True, eq=False)
+class FusionLayout(Layout):
+    """The packing of a step in which both modalities have the same order of instances.
+
+    Args:
+        context: fusion tokens.
+        counts: all audio and all visual patches.
+        tokens_audio: packing of the kept audio tokens, once on a device.
+        tokens_visual: likewise.
+    """
+
+    context: int = 0
+    counts: tuple[int, int] = (0, 0)
+    tokens_audio: TokenLayout | None = None
+    tokens_visual: TokenLayout | None = None
+
+    def to(self, device: torch.device | str) -> FusionLayout:
+        """On a device, with plans there."""
+        moved, device = cast(FusionLayout, super().to(device)), torch.device(device)
+        plans = dict(moved.plans or {})
+        for name, count in zip(("audio", "visual"), self.counts, strict=True):
+            plans[f"{name}_decoder"] = shared_plan((self.context + count,) * len(self.audio), device)
+        return replace(
+            moved,
+            tokens_audio=shared_tokens(self.audio.lengths, self.context, device),
+            tokens_visual=shared_tokens(self.visual.lengths, self.context, device),
+            plans=plans,
+        )
+
+    def in_batch_order(self, x: Tensor) -> Tensor:
+        """``(B, ...)`` per packed instance, per batch row."""
+        return x if self.audio.order == tuple(range(len(self.audio))) else x[self.audio.inverse]
+
+
+def align(audio: Kept, visual: Kept) -> tuple[Kept, Kept]:
+    """The same patches packed in one order of instances for both modalities, longest audio first."""
+    if audio.order == visual.order:
+        return audio, visual
+    lengths_a, lengths_v = audio.batch_lengths(), visual.batch_lengths()
+    order = sorted(range(len(audio)), key=lambda row: (-lengths_a[row], -lengths_v[row]))
+    return reordered(audio, order), reordered(visual, order)
+
+
+def reordered(kept: Kept, order: Sequence[int]) -> Kept:
+    """The same patches, instances packed in this order of batch rows."""
+    lengths, ids = kept.batch_lengths(), kept.to_list()
+    rows = torch.tensor(order, dtype=torch.int64, device=kept.ids.device)
+    repeats = torch.tensor([lengths[row] for row in order], dtype=torch.int64, device=rows.device)
+    return Kept(
+        torch.cat([ids[row] for row in order]),
+        rows.repeat_interleave(repeats),
+        rows.argsort(),
+        tuple(lengths[row] for row in order),
+        tuple(order),
+    )
