@@ -16,8 +16,14 @@ def world_size() -> int:
 
 def all_sum(x: Tensor) -> Tensor:
     """Sum of a tensor without gradient over all processes, the same on each."""
-    if world_size() == 1:
-        return x
+    return x if world_size() == 1 else _all_sum(x)
+
+
+# compiled code stops for an exchange and goes on after it
+
+
+@torch.compiler.disable
+def _all_sum(x: Tensor) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total)
     return total
@@ -49,8 +55,11 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     Returns:
         ``(sum of n, ...)`` and an offset. The gradient of each row is summed over processes and returned to its owner.
     """
-    if world_size() == 1:
-        return rows, 0
+    return (rows, 0) if world_size() == 1 else _gather_rows(rows)
+
+
+@torch.compiler.disable
+def _gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
     counts[dist.get_rank()] = rows.shape[0]
     sizes = tuple(all_sum(counts).tolist())

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -78,8 +78,22 @@ def first_only(function: Callable[[], T]) -> T:
     return box[0]
 
 
+def check_graph(config: Config, device: torch.device) -> None:
+    """Raises SettingError where a step cannot be captured in a CUDA graph."""
+    if device.type != "cuda":
+        raise SettingError(f"--cuda_graph needs a CUDA device, the run is on {device}")
+    if world_size() > 1:
+        raise SettingError(
+            f"--cuda_graph captures a step of one process, this run has {world_size()}; use --compile there"
+        )
+
+
 def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """The model as the loop calls it: itself, in DDP, or sharded in place by FSDP2."""
+    """The model as the loop calls it: itself or compiled, in DDP, or sharded in place by FSDP2.
+
+    One process compiles the whole pass; several compile what lies between the exchanges of the losses, and sharded ones
+    each block.
+    """
     if config.shard == "fsdp2":
         if world_size() == 1:
             raise SettingError("--shard fsdp2 needs more than one process: torchrun --nproc_per_node=N")
@@ -88,9 +102,14 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
 
         mesh = init_device_mesh(device.type, (world_size(),))
         for block in model.blocks_to_shard():
+            if config.compile:
+                block.compile()
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
+    has_unused = model.has_unused_parameters
+    if config.compile:
+        model = cast(nn.Module, torch.compile(model, fullgraph=world_size() == 1))
     if world_size() == 1:
         return model
     # one small position table is laid out otherwise than DDP's buckets; copying it costs nothing worth a warning
@@ -98,7 +117,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        find_unused_parameters=model.has_unused_parameters,
+        find_unused_parameters=has_unused,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from avfast.data.clips import Batch
 from avfast.distributed import world_size
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config, SettingError
+from avfast.train.graph import GraphedPass, Pass
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: float, total: int) -> float:
@@ -73,24 +75,30 @@ class Trainer:
             model.set_grad_checkpointing(True)
         self.wrapped = parallel.wrap(model, config, device)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        fused = True if device.type == "cuda" else None
         self.optimizers = [
-            kind(parameter_groups(model, config), lr=config.lr, betas=config.betas) for _ in model.branches
+            kind(parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=fused) for _ in model.branches
         ]
         half = self.dtype is torch.float16
         self.scalers = [torch.amp.GradScaler(device.type, enabled=half) for _ in model.branches]
+        self.passes: list[Pass] = [partial(self.forward_backward, scaler) for scaler in self.scalers]
+        if config.cuda_graph:
+            parallel.check_graph(config, device)
+            self.passes = [GraphedPass(run, model.parameters()) for run in self.passes]
 
     def step(self, batches: list[Batch], lr: float, unimodal_factor: float = 1.0) -> dict[str, Tensor]:
         """One optimiser step per branch on the same batches; the mean losses, still on the device."""
         self.wrapped.train()
         means: dict[str, Tensor] = {}
-        for branch, optimizer, scaler in zip(self.model.branches, self.optimizers, self.scalers, strict=True):
+        for branch, optimizer, scaler, run in zip(
+            self.model.branches, self.optimizers, self.scalers, self.passes, strict=True
+        ):
             optimizer.zero_grad(set_to_none=True)
             for i, batch in enumerate(batches):
                 with parallel.accumulating(self.wrapped, last=i == len(batches) - 1):
-                    output = self.forward(self.wrapped, batch, branch)
-                    scaler.scale(output.loss / len(batches)).backward()
-                for name, value in ({"loss": output.loss} | output.losses).items():
-                    means[name] = means.get(name, 0) + value.detach().float() / len(batches)
+                    losses = run(*self.inputs(batch, branch), len(batches))
+                for name, value in losses.items():
+                    means[name] = means.get(name, 0) + value / len(batches)
             if self.config.clip_grad is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -99,6 +107,15 @@ class Trainer:
             scaler.step(optimizer)
             scaler.update()
         return means
+
+    def forward_backward(
+        self, scaler: torch.amp.GradScaler, audio: Tensor, visual: Tensor, draws: Any, parts: int
+    ) -> dict[str, Tensor]:
+        """Adds the gradients of one of a step's ``parts`` forward passes; the losses, without gradient."""
+        with parallel.autocast(self.dtype, self.device):
+            output = self.wrapped(audio, visual, draws)
+        scaler.scale(output.loss / parts).backward()
+        return {name: x.detach().float() for name, x in ({"loss": output.loss} | output.losses).items()}
 
     def forward(self, call: nn.Module, batch: Batch, branch: str, train: bool = True) -> Any:
         """The model's output for a batch of clips, every random choice keyed by the batch's step and positions."""
