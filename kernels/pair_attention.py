@@ -23,8 +23,9 @@ from torch import Tensor
 
 HEAD_DIMS = (16, 32, 64, 80, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-QUERIES = (16, 32, 64)
-"""Sizes of the block of queries."""
+QUERIES = {torch.float32: (16,), torch.float16: (16, 32, 64), torch.bfloat16: (16, 32, 64)}
+"""Sizes of the block of queries. A larger block of float32 does not fit in the registers; more queries than the largest
+make several launches, of which the later ones add to the gradients of keys and values."""
 DENSE, MASKED, PACKED = 0, 1, 2
 
 
@@ -97,12 +98,12 @@ def _attend(
     return acc, (top + tl.log2(total)) * 0.6931471805599453
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "n_a", "n_v"])
+@triton.jit(do_not_specialize=["heads", "queries", "all_queries", "n_a", "n_v"])
 def forward_kernel(
     q, k_a, v_a, keys_a, k_v, v_v, keys_v, bias, out, lse_a, lse_v,
     q_batch, q_head, q_row, k_a_batch, k_a_head, k_a_row, v_a_batch, v_a_head, v_a_row,
     k_v_batch, k_v_head, k_v_row, v_v_batch, v_v_head, v_v_row, out_batch, out_head, out_row, bias_head, bias_column,
-    heads, queries, n_a, n_v, scale,
+    heads, queries, all_queries, n_a, n_v, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_N: tl.constexpr, KIND_A: tl.constexpr, KIND_V: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -112,7 +113,7 @@ def forward_kernel(
     head = (tl.program_id(0) % heads).to(tl.int64)
     f = tl.arange(0, BLOCK_F)
     own = f < queries
-    statistics = tl.program_id(0).to(tl.int64) * queries + f
+    statistics = tl.program_id(0).to(tl.int64) * all_queries + f
     qs = _rows(q + sample * q_batch + head * q_head, 0, own, q_row, D, BLOCK_F, BLOCK_D, UPCAST)
     c = scale * 1.4426950408889634
     begin, end = _span(keys_a, sample, n_a, KIND_A)
@@ -143,43 +144,49 @@ def _probabilities(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Keys of a tile, p and dp = dO V^T."""
+    """Keys of a tile, and transposed p and dp = dO V^T: then queries and dO are right factors and lie in shared memory,
+    not in registers."""
     live = _live(keys, start, end, BLOCK_N, KIND)
     ks = _rows(k, start, live, k_row, D, BLOCK_N, BLOCK_D, UPCAST)
     vs = _rows(v, start, live, v_row, DV, BLOCK_N, BLOCK_DV, UPCAST)
-    s = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
+    s = tl.dot(ks, tl.trans(qs), input_precision=PRECISION)
     # Where no key takes part top is -inf, and elsewhere s = 0 of an absent key may overflow.
-    p = tl.where(live[None, :], tl.exp2(s * c - top[:, None]), 0.0)
-    return ks, p, tl.dot(do, tl.trans(vs), input_precision=PRECISION)
+    p = tl.where(live[:, None], tl.exp2(s * c - top[None, :]), 0.0)
+    return ks, p, tl.dot(vs, tl.trans(do), input_precision=PRECISION)
 
 
 @triton.jit
 def _differentiate(
     dq, qs, do, k, v, dk, dv, keys, begin, end, k_row, v_row, dk_row, dv_row, scale, top,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_N: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``dq`` with this side's part added; writes dK and dV."""
+    """``dq`` with this side's part added; writes dK and dV, or adds to them."""
     c = scale * 1.4426950408889634
-    delta = tl.zeros((BLOCK_F,), tl.float32)
+    products = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
     for start in range(begin, end, BLOCK_N):
         _, p, dp = _probabilities(
             qs, do, k, v, keys, start, end, k_row, v_row, c, top,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, KIND, PRECISION, UPCAST,
         )  # fmt: skip
-        delta += tl.sum(p * dp, 1)
+        products += p * dp
+    delta = tl.sum(products, 0)
     for start in range(begin, end, BLOCK_N):
         ks, p, dp = _probabilities(
             qs, do, k, v, keys, start, end, k_row, v_row, c, top,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, KIND, PRECISION, UPCAST,
         )  # fmt: skip
         here = start + tl.arange(0, BLOCK_N) < end
-        dv_tile = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
+        dv_tile = tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
+        if ADD:
+            dv_tile += _rows(dv, start, here, dv_row, DV, BLOCK_N, BLOCK_DV, True)
         _store_rows(dv, dv_tile, start, here, dv_row, DV, BLOCK_N, BLOCK_DV)
-        ds = (p * (dp - delta[:, None])).to(ks.dtype)
-        dk_tile = tl.dot(tl.trans(ds), qs, input_precision=PRECISION) * scale
+        ds = (p * (dp - delta[None, :])).to(ks.dtype)
+        dk_tile = tl.dot(ds, qs, input_precision=PRECISION) * scale
+        if ADD:
+            dk_tile += _rows(dk, start, here, dk_row, D, BLOCK_N, BLOCK_D, True)
         _store_rows(dk, dk_tile, start, here, dk_row, D, BLOCK_N, BLOCK_D)
-        dq = tl.dot(ds, ks, dq, input_precision=PRECISION)
+        dq = tl.dot(tl.trans(ds), ks, dq, input_precision=PRECISION)
     return dq
 
 
@@ -195,23 +202,25 @@ def _clear_rest(
         _store_rows(dv, tl.zeros((BLOCK_N, BLOCK_DV), tl.float32), start, here, dv_row, DV, BLOCK_N, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "queries", "n_a", "n_v"])
+@triton.jit(do_not_specialize=["batch", "heads", "queries", "all_queries", "n_a", "n_v"])
 def backward_kernel(
     grad, q, k_a, v_a, keys_a, k_v, v_v, keys_v, lse_a, lse_v, dq, dk_a, dv_a, dk_v, dv_v,
     grad_batch, grad_head, grad_row, q_batch, q_head, q_row,
     k_a_batch, k_a_head, k_a_row, v_a_batch, v_a_head, v_a_row,
     k_v_batch, k_v_head, k_v_row, v_v_batch, v_v_head, v_v_row,
     dq_batch, dq_head, dq_row, dk_a_batch, dk_a_head, dk_a_row, dv_a_batch, dv_a_head, dv_a_row,
-    dk_v_batch, dk_v_head, dk_v_row, dv_v_batch, dv_v_head, dv_v_row, batch, heads, queries, n_a, n_v, scale,
+    dk_v_batch, dk_v_head, dk_v_row, dv_v_batch, dv_v_head, dv_v_row,
+    batch, heads, queries, all_queries, n_a, n_v, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_N: tl.constexpr, KIND_A: tl.constexpr, KIND_V: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, KIND_A: tl.constexpr, KIND_V: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one head of one sample."""
     sample = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     f = tl.arange(0, BLOCK_F)
     own = f < queries
-    statistics = tl.program_id(0).to(tl.int64) * queries + f
+    statistics = tl.program_id(0).to(tl.int64) * all_queries + f
     qs = _rows(q + sample * q_batch + head * q_head, 0, own, q_row, D, BLOCK_F, BLOCK_D, UPCAST)
     do = _rows(grad + sample * grad_batch + head * grad_head, 0, own, grad_row, DV, BLOCK_F, BLOCK_DV, UPCAST)
     acc = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
@@ -223,7 +232,7 @@ def backward_kernel(
     acc = _differentiate(
         acc, qs, do, k_a + sample * k_a_batch + head * k_a_head, v_a + sample * v_a_batch + head * v_a_head, dk, dv,
         keys_a + sample * n_a, begin, end, k_a_row, v_a_row, dk_a_row, dv_a_row, scale, top,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_F, BLOCK_N, KIND_A, PRECISION, UPCAST,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_F, BLOCK_N, KIND_A, ADD, PRECISION, UPCAST,
     )  # fmt: skip
     if KIND_A == 2:
         if sample == batch - 1:
@@ -235,7 +244,7 @@ def backward_kernel(
     acc = _differentiate(
         acc, qs, do, k_v + sample * k_v_batch + head * k_v_head, v_v + sample * v_v_batch + head * v_v_head, dk, dv,
         keys_v + sample * n_v, begin, end, k_v_row, v_v_row, dk_v_row, dv_v_row, scale, top,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_F, BLOCK_N, KIND_V, PRECISION, UPCAST,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_F, BLOCK_N, KIND_V, ADD, PRECISION, UPCAST,
     )  # fmt: skip
     if KIND_V == 2:
         if sample == batch - 1:
@@ -260,8 +269,8 @@ def tile(kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype, queries: int)
     """
     wide = max(dim_qk, dim_v) > 64
     if dtype == torch.float32:
-        return Tile(16 if wide and kernel == "backward" else 32, 8 if wide or queries > 32 else 4, 1)
-    return Tile(32 if wide and kernel == "backward" else 64, 8 if wide or queries > 32 else 4, 2)
+        return Tile(16 if wide or kernel == "backward" else 32, 8 if wide else 4, 1)
+    return Tile(32 if wide and kernel == "backward" else 64, 8 if wide or queries > 32 else 4, 1 if wide else 2)
 
 
 def constants(
@@ -288,20 +297,25 @@ def variants() -> Iterator[tuple[str, int, int, torch.dtype, int]]:
         for dim_qk in HEAD_DIMS:
             for dim_v in HEAD_DIMS:
                 for dtype in DTYPES:
-                    for queries in QUERIES:
+                    for queries in QUERIES[dtype]:
                         yield kernel, dim_qk, dim_v, dtype, queries
 
 
-def _check(q: Tensor, v: Tensor) -> int:
-    """The block of queries."""
+def _check(q: Tensor, v: Tensor) -> None:
     dims = q.shape[-1], v.shape[-1]
-    if q.shape[2] > QUERIES[-1] or q.dtype not in DTYPES or not all(dim in HEAD_DIMS for dim in dims):
+    if q.dtype not in DTYPES or not all(dim in HEAD_DIMS for dim in dims):
         raise ValueError(
-            f"the Triton kernels of pair_attention take up to {QUERIES[-1]} queries and head dimensions {HEAD_DIMS} in "
-            f"float32, float16 and bfloat16, got {q.shape[2]} queries, dimensions {dims} in {q.dtype}; "
-            "AVFAST_BACKEND=reference takes any"
+            f"the Triton kernels of pair_attention take head dimensions {HEAD_DIMS} in float32, float16 and bfloat16, "
+            f"got {dims} in {q.dtype}; AVFAST_BACKEND=reference takes any"
         )
-    return next(size for size in QUERIES if q.shape[2] <= size)
+
+
+def _chunks(q: Tensor) -> Iterator[tuple[slice, int]]:
+    """Queries of one launch each, and the block they go in; one empty launch where there are none."""
+    sizes = QUERIES[q.dtype]
+    for begin in range(0, max(q.shape[2], 1), sizes[-1]):
+        rows = min(q.shape[2] - begin, sizes[-1])
+        yield slice(begin, begin + rows), next(size for size in sizes if rows <= size)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -322,10 +336,12 @@ def _known(k: Tensor, keys: Tensor | None) -> tuple[int, int, Tensor]:
     return MASKED, k.shape[2], keys.contiguous().view(torch.uint8)
 
 
-def _launch(kernel: str, arguments: Sequence, q: Tensor, v: Tensor, kinds: tuple[int, int], extra: dict) -> None:
+def _launch(
+    kernel: str, arguments: Sequence, q: Tensor, v: Tensor, queries: int, kinds: tuple[int, int], extra: dict
+) -> None:
     # The interpreter computes on raw bits of bfloat16.
     upcast = triton.knobs.runtime.interpret
-    settings = constants(kernel, q.shape[-1], v.shape[-1], q.dtype, _check(q, v), *kinds, upcast)
+    settings = constants(kernel, q.shape[-1], v.shape[-1], q.dtype, queries, *kinds, upcast)
     programs = q.shape[0] * q.shape[1]
     if programs:
         with torch.cuda.device_of(q):
@@ -337,14 +353,18 @@ def forward(
     bias: Tensor | None, scale: float, out: Tensor, lse_a: Tensor, lse_v: Tensor,
 ) -> None:  # fmt: skip
     """Writes ``out`` ``(B, H, F, Dv)`` and the natural log-sum-exp ``(B, H, F)`` of either side."""
+    _check(q, v_a)
     q, k_a, v_a, k_v, v_v = map(_unit_stride, (q, k_a, v_a, k_v, v_v))
     (kind_a, n_a, keys_a), (kind_v, n_v, keys_v) = _known(k_a, keys_a), _known(k_v, keys_v)
     shift, bias_strides = (q, (0, 0)) if bias is None else (bias, bias.stride())
-    arguments = (
-        q, k_a, v_a, keys_a, k_v, v_v, keys_v, shift, out, lse_a, lse_v, *_strides(q, k_a, v_a, k_v, v_v, out),
-        *bias_strides, q.shape[1], q.shape[2], n_a, n_v, scale,
-    )  # fmt: skip
-    _launch("forward", arguments, q, v_a, (kind_a, kind_v), {"BIAS": bias is not None})
+    strides = (*_strides(q, k_a, v_a, k_v, v_v, out), *bias_strides)
+    for own, block in _chunks(q):
+        part = q[:, :, own]
+        arguments = (
+            part, k_a, v_a, keys_a, k_v, v_v, keys_v, shift, out[:, :, own], lse_a[:, :, own], lse_v[:, :, own],
+            *strides, q.shape[1], part.shape[2], q.shape[2], n_a, n_v, scale,
+        )  # fmt: skip
+        _launch("forward", arguments, q, v_a, block, (kind_a, kind_v), {"BIAS": bias is not None})
 
 
 def backward(
@@ -353,14 +373,18 @@ def backward(
     dk_v: Tensor, dv_v: Tensor,
 ) -> None:  # fmt: skip
     """Writes all gradients, zeros included."""
+    _check(q, v_a)
     grad, q, k_a, v_a, k_v, v_v = map(_unit_stride, (grad, q, k_a, v_a, k_v, v_v))
     (kind_a, n_a, keys_a), (kind_v, n_v, keys_v) = _known(k_a, keys_a), _known(k_v, keys_v)
-    grads = (dq, dk_a, dv_a, dk_v, dv_v)
+    grads = (dk_a, dv_a, dk_v, dv_v)
     if not q.shape[0]:
         for x in grads:  # packed rows without a sample have no program
             x.zero_()
-    arguments = (
-        grad, q, k_a, v_a, keys_a, k_v, v_v, keys_v, lse_a, lse_v, *grads,
-        *_strides(grad, q, k_a, v_a, k_v, v_v, *grads), *q.shape[:3], n_a, n_v, scale,
-    )  # fmt: skip
-    _launch("backward", arguments, q, v_a, (kind_a, kind_v), {})
+    strides = _strides(grad, q, k_a, v_a, k_v, v_v, dq, *grads)
+    for own, block in _chunks(q):
+        part = q[:, :, own]
+        arguments = (
+            grad[:, :, own], part, k_a, v_a, keys_a, k_v, v_v, keys_v, lse_a[:, :, own], lse_v[:, :, own],
+            dq[:, :, own], *grads, *strides, *part.shape[:3], q.shape[2], n_a, n_v, scale,
+        )  # fmt: skip
+        _launch("backward", arguments, q, v_a, block, (kind_a, kind_v), {"ADD": own.start > 0})

@@ -55,9 +55,9 @@ def pair_attention(
     hold is never read.
 
     Args:
-        q: ``(B, H, F, Dqk)`` queries, of any strides; F is small (fusion tokens), the kernels take up to 64. In
-            float32, float16, bfloat16, without kernels also float64. Under autocast all but the bias are cast as matrix
-            products are. The kernels take Dqk and Dv in {16, 32, 64, 80, 128}.
+        q: ``(B, H, F, Dqk)`` queries, of any strides; F is small (fusion tokens). In float32, float16, bfloat16,
+            without kernels also float64. Under autocast all but the bias are cast as matrix products are. The kernels
+            take Dqk and Dv in {16, 32, 64, 80, 128}.
         k_a: ``(B, H, Na, Dqk)`` keys of the first modality, or packed ``(Ta, H, Dqk)`` with ``cu_seqlens_a``; None
             together with ``v_a``.
         v_a: ``(B, H, Na, Dv)`` or ``(Ta, H, Dv)`` values.
