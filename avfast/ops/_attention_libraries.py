@@ -179,8 +179,9 @@ class Cudnn:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, n: Lengths, scale: float) -> tuple[Tensor, Tensor]:
         op = torch.ops.aten._scaled_dot_product_cudnn_attention
-        out, lse, *_ = op(*_dense(n, q, k, v), None, True, 0.0, False, False, scale=scale)
-        if lse.shape != (n.sequences, q.shape[1], n.max_q, 1):
+        q, k, v = (_dense(x, n) for x in (q, k, v))
+        out, lse, *_ = op(q, k, v, None, True, 0.0, False, False, scale=scale)
+        if lse.shape != (*q.shape[:3], 1):
             raise RuntimeError(f"cuDNN's log-sum-exps have an unexpected shape: {tuple(lse.shape)}")
         return out.transpose(1, 2).flatten(0, 1), lse[..., 0].transpose(0, 1).flatten(1)
 
@@ -190,11 +191,10 @@ class Cudnn:
     ) -> None:  # fmt: skip
         op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
         statistics = lse.unflatten(1, (n.sequences, n.max_q)).transpose(0, 1).contiguous()[..., None]
-        dense_grad, dense_out = _dense(n, grad, q, out)[::2]
+        grad, q, k, v, out = (_dense(x, n) for x in (grad, q, k, v, out))
         state = _no_dropout_state(q)
         grads = op(
-            dense_grad, *_dense(n, q, k, v), dense_out, statistics, state, state, None, None, None, n.max_q, n.max_k,
-            0.0, False, scale=scale,
+            grad, q, k, v, out, statistics, state, state, None, None, None, n.max_q, n.max_k, 0.0, False, scale=scale
         )  # fmt: skip
         _copy([x.transpose(1, 2).flatten(0, 1) for x in grads], into)
 
@@ -205,10 +205,9 @@ LIBRARIES: dict[str, Library] = dict(
 )
 
 
-def _dense(n: Lengths, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """``(sequences, H, length, D)`` views of packed rows of equal sequences."""
-    lengths = (n.max_q, n.max_k, n.max_k)
-    return [x.unflatten(0, (n.sequences, m)).transpose(1, 2) for x, m in zip((q, k, v), lengths, strict=True)]
+def _dense(x: Tensor, n: Lengths) -> Tensor:
+    """``(sequences, H, length, D)`` view of the packed rows of sequences of one length."""
+    return x.unflatten(0, (n.sequences, -1)).transpose(1, 2)
 
 
 def _no_dropout_state(q: Tensor) -> Tensor:
