@@ -52,7 +52,7 @@ from avfast.masking import Structure, check_ratio
 from avfast.models.base import AudioVisualMAE, init_weights
 from avfast.models.draws import Layout, shared_plan
 from avfast.nn import JointDecoder, PackedBlock, sincos_2d
-from avfast.nn.block import apply_norm, layer_norm
+from avfast.nn.norm import layer_norm
 from avfast.ops import AttentionPlan
 from avfast.packing import PackedTokens
 
@@ -225,7 +225,7 @@ class AVSiam(AudioVisualMAE):
 
     def run_encoder(self, encoder: Encoder, x: Tensor, plan: AttentionPlan, sizes: tuple[int, int]) -> Tensor:
         """Blocks and final norm; ``sizes`` are the audio and the visual rows of ``x``."""
-        return apply_norm(encoder.norm, self.run_blocks(encoder.blocks, x, plan, sizes), sizes)
+        return self.run_blocks(encoder.blocks, x, plan, sizes, encoder.norm)
 
     def contrasted(
         self, audio: PackedTokens, visual: PackedTokens, layout: Layout

@@ -410,9 +410,12 @@ class AudioVisualMAE(nn.Module):
 
     # Training machinery.
 
-    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, plan: AttentionPlan, sizes: Sequence[int] = ()) -> Tensor:
-        """Packed tokens through blocks."""
-        return run_blocks(blocks, x, plan, sizes, self.grad_checkpointing)
+    def run_blocks(
+        self, blocks: nn.ModuleList, x: Tensor, plan: AttentionPlan, sizes: Sequence[int] = (),
+        norm: nn.Module | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Packed tokens through blocks, and through a final norm where there is one."""
+        return run_blocks(blocks, x, plan, sizes, self.grad_checkpointing, norm=norm)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""

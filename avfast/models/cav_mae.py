@@ -135,7 +135,7 @@ class CAVMAE(AudioVisualMAE):
 
     def joint_layer(self, x: Tensor, plan: AttentionPlan, sizes: tuple[int, int, int]) -> Tensor:
         """One packed pass over rows of which ``sizes`` are under the joint, the audio and the visual norms."""
-        return self.norm(self.run_blocks(self.blocks_u, x, plan, sizes), sizes)
+        return self.run_blocks(self.blocks_u, x, plan, sizes, self.norm)
 
     def contrasted(
         self, audio: PackedTokens, visual: PackedTokens, layout: Layout

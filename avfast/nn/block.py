@@ -151,6 +151,7 @@ def run_blocks(
     sizes: Sequence[int] = (),
     recompute: bool = False,
     drops: Sequence[DropPath] | None = None,
+    norm: nn.Module | None = None,
 ) -> Tensor:
     """Packed tokens ``(T, D)`` through blocks.
 
@@ -161,6 +162,7 @@ def run_blocks(
         sizes: rows of each norm set; needed with several only.
         recompute: keep one tensor per block for the backward and compute the rest again.
         drops: stochastic depth of each block; default none.
+        norm: final norm, done in one pass with the last addition; default none.
 
     Returns:
         ``(T, D)``.
@@ -172,4 +174,4 @@ def run_blocks(
             pair = checkpoint(block, (add(*pair), None), plan, sizes, drop, use_reentrant=False)
         else:
             pair = block(pair, plan, sizes, drop)
-    return add(*pair)
+    return add(*pair) if norm is None else add_norm(norm, *pair, sizes)[0]

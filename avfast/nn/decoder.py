@@ -76,6 +76,5 @@ class JointDecoder(nn.Module):
         x = self.mask_token.to(tokens.dtype).expand(*shape, -1).flatten(0, 1).index_copy(0, places, tokens)
         positions = torch.cat([self.pos_embed_a + self.modality_a, self.pos_embed_v + self.modality_v], 1)
         x = (x.unflatten(0, shape) + positions).flatten(0, 1)
-        x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing)
-        x = self.norm(x).unflatten(0, shape)
+        x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing, norm=self.norm).unflatten(0, shape)
         return self.pred_a(x[:, : self.num_audio]), self.pred_v(x[:, self.num_audio :])
