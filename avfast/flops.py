@@ -82,6 +82,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         own.packed_attention_backward: _raw(_packed_backward),
         own.packed_attention_qkv: _raw(_packed_qkv),
         own.packed_attention_qkv_backward: _raw(_packed_qkv_backward),
+        own.pair_attention: _raw(_pair),
+        own.pair_attention_backward: _raw(_pair_backward),
     }
     for name in _FUSED_BACKWARDS:
         op = getattr(aten, name, None)
@@ -151,6 +153,25 @@ def _packed_qkv_backward(
     **kwargs: Any,
 ) -> int:
     return 2 * _packed_qkv(qkv, cu_seqlens)
+
+
+def _pair(
+    q: torch.Tensor,
+    k_a: torch.Tensor,
+    v_a: torch.Tensor,
+    keys_a: torch.Tensor | None,
+    k_v: torch.Tensor,
+    v_v: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    # Every key, packed or not, meets the queries of its one sample, so that no lengths are needed.
+    keys = sum(k.shape[0] if k.ndim == 3 else k.shape[0] * k.shape[2] for k in (k_a, k_v))
+    return 2 * keys * q.shape[1] * q.shape[2] * (q.shape[3] + v_a.shape[-1])
+
+
+def _pair_backward(grad: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * _pair(*args)
 
 
 def _without_recomputation(formula: Callable[..., int]) -> Callable[..., int]:
