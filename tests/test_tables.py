@@ -12,7 +12,7 @@ from avfast.train.config import Config, SettingError
 from avfast.train.recipes import RECIPES
 from avfast.train.setup import build_model
 from avfast.train.tables import ROWS, TITLES, Row, listing, main
-from avfast.train.trainer import Trainer
+from avfast.train.trainer import Trainer, learning_rate
 
 TWINS = {
     "avsiam_base": "avsiam_tiny",
@@ -20,6 +20,7 @@ TWINS = {
     "avsiam_huge": "avsiam_tiny",
     "avsep_large": "avsep_tiny",
     "cav_mae_base": "cav_mae_tiny",
+    "deepavfusion_base": "deepavfusion_tiny",
 }
 
 
@@ -35,7 +36,10 @@ def given(row: Row) -> Config:
 
 def tiny(config: Config) -> Config:
     """The same run with a tiny model, from random weights."""
-    return replace(config, model=TWINS[config.model], timm=None, init_ast=None)
+    arguments = dict(config.model_args)
+    if arguments.get("fusion_layers", 0) > 4:  # the twin has four
+        arguments["fusion_layers"] = 4
+    return replace(config, model=TWINS[config.model], model_args=arguments, timm=None, init_ast=None, init_audio=None)
 
 
 def distinct() -> list[Config]:
@@ -64,7 +68,8 @@ def test_the_processes_make_the_papers_batch(row):
     words = [word.split("=") for word in row.command().split() if word.startswith("--n")]
     processes = math.prod(int(number) for _, number in words)
     config = given(row)
-    assert processes * config.batch_size == (config.paper_batch or config.batch_size)
+    step = config.batch_size * config.accumulate
+    assert processes * step == (config.paper_batch or step)
 
 
 def test_rows_are_not_given_twice():
@@ -106,8 +111,9 @@ def test_one_step_of_every_kind_of_row(config):
 
 
 def test_distinct_rows_have_distinct_steps():
-    """AVSiam: multi-ratio, three fixed ratios, contrastive only, separate encoders, released; CAV-MAE: three kinds."""
-    assert len(distinct()) == 10
+    """AVSiam: multi-ratio, three fixed ratios, contrastive only, separate encoders, released; CAV-MAE: three kinds;
+    DeepAVFusion: full, token fusion, dense, four numbers of layers, six of tokens."""
+    assert len(distinct()) == 10 + 13
 
 
 # Supplement of AVSiam, Tables 4-6, pre-training column: batch per GPU and GPUs; the rest is common to the three.
@@ -169,6 +175,30 @@ def test_the_released_recipe_has_the_released_layout():
     assert (model.encoder.blocks[0].norm1.eps, model.encoder.norm.eps) == (1e-5, 1e-6)
 
 
+def test_deepavfusions_recipes_are_section_4_1():
+    for data_set, epochs, batch in (("vggsound", 800, 1024), ("audioset", 200, 4096)):
+        config = RECIPES[f"deepavfusion_{data_set}_pretrain"]()
+        assert config.batch_size * config.accumulate * 8 == config.paper_batch == batch
+        assert (config.epochs, config.warmup_epochs, config.schedule, config.min_lr) == (epochs, 40, "cosine", 0)
+        assert (config.lr / config.lr_batch, config.weight_decay) == (1.5e-4 / 256, 0.05)
+        assert (config.crop_scale, config.unimodal_ramp, config.model_args) == ((0.5, 1.0), 0, {})
+        assert learning_rate(config, 40 * 10, 10, 8000) * 8 == pytest.approx(1.5e-4 * batch / 256)
+
+
+def test_deepavfusions_released_recipes_are_the_released_settings():
+    """README of the released code, and what ``from_released`` sets."""
+    for data_set, batch, ratios in (("vggsound", 512, (0.25, 1.0)), ("audioset", 2048, (1.0, 4.0))):
+        config = RECIPES[f"deepavfusion_{data_set}_released"]()
+        assert config.batch_size * config.accumulate * 8 == config.paper_batch == batch
+        assert (config.epochs, config.unimodal_ramp, config.decay_1d, config.betas) == (200, 0.5, False, (0.9, 0.95))
+        with torch.device("meta"):
+            model = create_model(config.model, **config.model_args)
+        block = model.fusion_blocks["0"]
+        hidden = block.mlp.fc1.out_features / 768, block.attn.q.out_features / 768
+        assert (hidden[1], hidden[0]) == ratios and sorted(model.fusion_blocks) == sorted(map(str, range(12)))
+        assert model.extra_repr().startswith("fusion_arch='factorized'")
+
+
 def test_listing(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
@@ -218,8 +248,32 @@ def test_an_ast_checkpoint_starts_the_model(tmp_path):
         ({"init_ast": str(tmp_path / "no.pth")}, "--init_ast .*no.pth: no checkpoint at .*; --init_ast none starts"),
         ({"model_args": settings | {"depth": 3}}, "--init_ast .*ast.pth: the checkpoint does not fit the model"),
         ({"model": "cav_mae_tiny"}, "--init_ast .*: cav_mae_tiny does not start from a Vision Transformer; use none"),
+        ({"init_ast": None, "init_audio": "x.pth"}, "--init_audio x.pth: avsiam_tiny does not start from an AudioMAE"),
     ):
         with pytest.raises(SettingError, match=says):
             build_model(replace(config, **changes))
     with pytest.raises(SettingError, match="--init_ast .* and --timm x both start the encoder"):
         replace(config, timm="x")
+
+
+def test_deepavfusion_starts_from_masked_autoencoders(tmp_path, monkeypatch):
+    import timm
+
+    settings = {"embed_dim": 64, "depth": 2, "num_heads": 4, "decoder_depth": 0, "audio_patch_size": 8}
+    vit = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 0, "global_pool": "token"}
+    image = timm.models.VisionTransformer(img_size=64, **vit)
+    audio = timm.models.VisionTransformer(img_size=64, in_chans=1, **vit)
+    monkeypatch.setattr("avfast.checkpoints.timm_vit", lambda name, pretrained, size: image)
+    torch.save({"model": audio.state_dict() | {"decoder_pred.weight": torch.ones(2, 2)}}, tmp_path / "audiomae.pth")
+    config = Config(
+        model="deepavfusion_tiny", model_args=settings, timm="vit", init_audio=str(tmp_path / "audiomae.pth")
+    )
+    model = build_model(config)
+    assert torch.equal(model.patch_embed.proj.weight, image.patch_embed.proj.weight)
+    assert torch.equal(model.patch_embed_a.proj.weight, audio.patch_embed.proj.weight.mT)  # time x mel -> mel x time
+    for blocks, source in ((model.blocks_v, image), (model.blocks_a, audio)):
+        assert torch.equal(blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+    resumed = build_model(config, fresh=False)
+    assert not torch.equal(resumed.patch_embed.proj.weight, image.patch_embed.proj.weight)
+    with pytest.raises(SettingError, match="--init_audio no.pth: no checkpoint at no.pth; --init_audio none starts"):
+        build_model(replace(config, init_audio="no.pth"))

@@ -58,6 +58,7 @@ class Config:
     )
     timm: str | None = setting(None, "start from the weights of this timm Vision Transformer (timm downloads them)")
     init_ast: str | None = setting(None, "start the encoder from this AST checkpoint file (in place of --timm)")
+    init_audio: str | None = setting(None, "start the audio transformer from this AudioMAE checkpoint file")
     init_from: str | None = setting(None, "start from the weights of this checkpoint folder (not its optimiser)")
 
     epochs: float = setting(20.0, "passes over the training clips")

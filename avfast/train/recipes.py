@@ -2,6 +2,12 @@
 
 AVSiam's figures are those of its supplementary material, Tables 4-6, pre-training columns; CAV-MAE's are those of its
 released scripts.
+
+DeepAVFusion's are those of its section 4.1. Where the paper is silent (betas; norms and biases are not decayed) they
+are the released code's; its "Adam" with a weight decay of 0.05 is taken to be AdamW, as in that code and in MAE. The
+paper starts both unimodal transformers from masked autoencoders: the image's comes from timm, the audio's is a file
+(AudioMAE on AudioSet-2M) that ``--init_audio`` names. ``..._released`` are the commands of the released README, with
+the ramp of the learning rate that the paper does not mention.
 """
 
 from __future__ import annotations
@@ -109,6 +115,83 @@ def cav_mae_base_pretrain() -> Config:
     )
 
 
+def deepavfusion_demo() -> Config:
+    """A tiny DeepAVFusion on the built-in clips, a few minutes on two CPU cores."""
+    return Config(
+        recipe="deepavfusion_demo",
+        model="deepavfusion_tiny",
+        cache_media=True,
+        workers=0,
+        crop_scale=(0.85, 1.0),
+        batch_size=48,
+        epochs=40.0,
+        optimizer="adamw",
+        lr=1.5e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        decay_1d=False,
+        clip_grad=1.0,
+        schedule="cosine",
+        warmup_steps=40,
+        log_every=40,
+        checkpoint_every=400,
+        neighbours_every=10.0,
+    )
+
+
+def _deepavfusion(name: str, epochs: float, accumulate: int, paper_batch: int) -> Config:
+    """What the pre-trainings share: 64 clips per GPU and pass, and a rate of 1.5e-4 for every 256 clips of a step."""
+    return Config(
+        recipe=f"deepavfusion_{name}",
+        model="deepavfusion_base",
+        timm="vit_base_patch16_224.mae",
+        crop_scale=(0.5, 1.0),
+        batch_size=64,
+        accumulate=accumulate,
+        paper_batch=paper_batch,
+        epochs=epochs,
+        optimizer="adamw",
+        lr=1.5e-4,
+        lr_batch=256,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        decay_1d=False,
+        schedule="cosine",
+        warmup_epochs=40.0,
+        neighbours_every=10.0,
+    )
+
+
+def deepavfusion_vggsound_pretrain() -> Config:
+    """VGGSound, large scale: 8 GPUs of 64 clips, two passes a step; with --init_audio AudioMAE's checkpoint."""
+    return _deepavfusion("vggsound_pretrain", 800.0, 2, 1024)
+
+
+def deepavfusion_audioset_pretrain() -> Config:
+    """AudioSet: 8 GPUs of 64 clips, eight passes a step; with --init_audio AudioMAE's checkpoint."""
+    return _deepavfusion("audioset_pretrain", 200.0, 8, 4096)
+
+
+RELEASED_FUSION = {"fusion_residual": "normed", "fusion_scale": 64**-0.5, "train_decoder_positions": True}
+
+
+def deepavfusion_vggsound_released() -> Config:
+    """The released code's command for VGGSound: 512 clips a step, 200 epochs, unimodal parts ramped up."""
+    return replace(
+        _deepavfusion("vggsound_released", 200.0, 1, 512), model_args=dict(RELEASED_FUSION), unimodal_ramp=0.5
+    )
+
+
+def deepavfusion_audioset_released() -> Config:
+    """The released code's command for AudioSet: 2048 clips a step, fusion blocks of full width."""
+    return replace(
+        _deepavfusion("audioset_released", 200.0, 4, 2048),
+        model="deepavfusion_audioset",
+        model_args=dict(RELEASED_FUSION),
+        unimodal_ramp=0.5,
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
     for recipe in (
@@ -118,5 +201,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         avsiam_huge_pretrain,
         avsiam_base_released,
         cav_mae_base_pretrain,
+        deepavfusion_demo,
+        deepavfusion_vggsound_pretrain,
+        deepavfusion_audioset_pretrain,
+        deepavfusion_vggsound_released,
+        deepavfusion_audioset_released,
     )
 }

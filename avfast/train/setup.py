@@ -25,7 +25,7 @@ FREE = {
     "out", "resume", "epochs", "steps", "device", "workers", "cache_media", "shard", "checkpoint_activations",
     "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "pictures", "evaluate", "eval_clips",
     "probe_clips", "probe_l2", "neighbours_every", "group_parts", "max_bad_files", "eval_data", "timm", "init_ast",
-    "init_from", "batch_size", "paper_batch",
+    "init_audio", "init_from", "batch_size", "paper_batch", "compile", "cuda_graph",
 }  # fmt: skip
 
 
@@ -87,8 +87,10 @@ def build_model(config: Config, fresh: bool = True) -> nn.Module:
         model.frontend  # noqa: B018 (its arguments are checked on first use)
     except (TypeError, ValueError, KeyError) as error:
         raise SettingError(f"--model {config.model}: {error}") from None
-    if (config.timm or config.init_ast) and fresh:
-        start_from_vit(model, config)
+    if fresh:
+        for flag in ("timm", "init_ast", "init_audio"):
+            if getattr(config, flag):
+                start_from_file(model, config, flag)
     if config.init_from and fresh:
         state, _ = checkpoint.load(checkpoint.find(config.init_from))
         try:
@@ -111,19 +113,23 @@ def whole_model(trainer: Trainer) -> nn.Module:
     return model
 
 
-def start_from_vit(model: nn.Module, config: Config) -> None:
-    """Takes the encoder's weights from a timm Vision Transformer or from an AST checkpoint."""
+def start_from_file(model: nn.Module, config: Config, flag: str) -> None:
+    """Takes an encoder's weights from elsewhere: ``timm``, ``init_ast`` or ``init_audio``."""
     from avfast import checkpoints
 
-    flag = f"--timm {config.timm}" if config.timm else f"--init_ast {config.init_ast}"
-    if not hasattr(model, "load_vit"):
-        raise SettingError(f"{flag}: {config.model} does not start from a Vision Transformer; use none")
+    given = getattr(config, flag)
+    takes = {"timm": ("load_vit", "load_pretrained"), "init_ast": ("load_vit",), "init_audio": ("load_pretrained",)}
+    load = next((getattr(model, name) for name in takes[flag] if hasattr(model, name)), None)
+    if load is None:
+        kind = "an AudioMAE checkpoint" if flag == "init_audio" else "a Vision Transformer"
+        raise SettingError(f"--{flag} {given}: {config.model} does not start from {kind}; use none")
     try:
-        if config.timm:
-            state = checkpoints.timm_vit(config.timm, True, model.img_size).state_dict()
+        if flag == "timm":
+            load(checkpoints.timm_vit(given, True, model.img_size).state_dict())
+        elif flag == "init_ast":
+            load(checkpoints.ast(checkpoints.load(given)))
         else:
-            state = checkpoints.ast(checkpoints.load(config.init_ast))
-        model.load_vit(state)
+            load(audio=given)
     except Exception as error:  # timm, its download client and the readers of files raise many kinds
         reason = " ".join(str(error).split())[:300]
-        raise SettingError(f"{flag}: {reason}; {flag.split()[0]} none starts from random weights") from error
+        raise SettingError(f"--{flag} {given}: {reason}; --{flag} none starts from random weights") from error
