@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
@@ -52,21 +51,28 @@ class FusionLayout(Layout):
         )
 
     def in_batch_order(self, x: Tensor) -> Tensor:
-        """``(B, ...)`` per packed instance, per batch row."""
-        return x if self.audio.order == tuple(range(len(self.audio))) else x[self.audio.inverse]
+        """``(B, ...)`` per packed instance, per batch row; where all lengths are equal these are the same."""
+        ragged = len(set(self.audio.lengths)) > 1 or len(set(self.visual.lengths)) > 1
+        return x[self.audio.inverse] if ragged else x
 
 
 def align(audio: Kept, visual: Kept) -> tuple[Kept, Kept]:
-    """The same patches packed in one order of instances for both modalities, longest audio first."""
-    if audio.order == visual.order:
-        return audio, visual
+    """The same patches packed in one order of instances for both modalities, longest audio first, else as in the batch.
+
+    Raises:
+        ValueError: where they are of batches that differ in size.
+    """
+    if len(audio) != len(visual):
+        raise ValueError(f"audio_keep holds {len(audio)} instances, visual_keep {len(visual)}")
     lengths_a, lengths_v = audio.batch_lengths(), visual.batch_lengths()
     order = sorted(range(len(audio)), key=lambda row: (-lengths_a[row], -lengths_v[row]))
-    return reordered(audio, order), reordered(visual, order)
+    return reordered(audio, tuple(order)), reordered(visual, tuple(order))
 
 
-def reordered(kept: Kept, order: Sequence[int]) -> Kept:
+def reordered(kept: Kept, order: tuple[int, ...]) -> Kept:
     """The same patches, instances packed in this order of batch rows."""
+    if kept.order == order:
+        return kept
     lengths, ids = kept.batch_lengths(), kept.to_list()
     rows = torch.tensor(order, dtype=torch.int64, device=kept.ids.device)
     repeats = torch.tensor([lengths[row] for row in order], dtype=torch.int64, device=rows.device)
@@ -75,5 +81,5 @@ def reordered(kept: Kept, order: Sequence[int]) -> Kept:
         rows.repeat_interleave(repeats),
         rows.argsort(),
         tuple(lengths[row] for row in order),
-        tuple(order),
+        order,
     )
