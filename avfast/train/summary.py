@@ -15,7 +15,7 @@ from avfast.train import data, parallel
 from avfast.train.evaluate import evaluate, table
 from avfast.train.log import Log
 from avfast.train.monitor import account
-from avfast.train.pictures import draw_losses, draw_reconstructions, reconstructions
+from avfast.train.pictures import draw_fusion, draw_losses, draw_reconstructions, fusion_maps, reconstructions
 from avfast.train.setup import whole_model
 from avfast.train.trainer import Trainer
 
@@ -59,12 +59,17 @@ def finish(
 
 
 def paint(trainer: Trainer, model: nn.Module, clips: ClipList, out: Path) -> None:
-    """reconstruction.png; every process takes the same clips, and rank 0 draws."""
+    """reconstruction.png and fusion.png; every process takes the same clips, and rank 0 draws."""
     if not clips.clips:
         return
     dataset = ClipDataset(clips, frontend=model.frontend, train=False, seed=trainer.config.seed)
     for batch in eval_loader(dataset, len(clips)):
         if len(batch.index):
-            rows = reconstructions(model, *trainer.inputs(batch, model.branches[-1], train=False))
+            audio, visual, draws = trainer.inputs(batch, model.branches[-1], train=False)
+            rows = reconstructions(model, audio, visual, draws)
             if rows and parallel.rank() == 0:
                 draw_reconstructions(rows, out / "reconstruction.png")
+            both = (batch.has_audio & batch.has_visual).to(audio.device)
+            maps = fusion_maps(model, audio[both], visual[both]) if parallel.rank() == 0 else None
+            if maps:
+                draw_fusion(maps, out / "fusion.png")
