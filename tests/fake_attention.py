@@ -37,7 +37,7 @@ def _sequences(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max
 
 def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> tuple[Tensor, Tensor]:
     _loadable(q, k, v)
-    out, lse = torch.full(q.shape, NAN, dtype=q.dtype), torch.full((q.shape[1], q.shape[0]), NAN)
+    out, lse = torch.full_like(q, NAN), torch.full((q.shape[1], q.shape[0]), NAN)
     for a, b in _sequences(q, k, cu_q, cu_k, max_q, max_k):
         x, y, z = (t.double().transpose(0, 1) for t in (q[a], k[b], v[b]))
         logits = scale * x @ y.mT

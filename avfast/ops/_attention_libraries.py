@@ -147,12 +147,7 @@ class Xformers:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, n: Lengths, scale: float) -> tuple[Tensor, Tensor]:
         call = _xformers().memory_efficient_attention_forward_requires_grad
         out, lse = call(q[None], k[None], v[None], attn_bias=self._mask(n), scale=scale)
-        if lse.shape != (1, q.shape[1], q.shape[0]):
-            raise RuntimeError(
-                f"xformers chose a kernel with log-sum-exps of shape {tuple(lse.shape)}, which avfast cannot pass on; "
-                "AVFAST_BACKEND=auto runs without it"
-            )
-        return out[0], lse[0]
+        return out[0], lse.squeeze(0)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, n: Lengths, scale: float,
@@ -386,6 +381,11 @@ def forward(library: Library, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths,
     rows, total = q.shape[0], lengths.total_q
     keys = lengths.total_k
     out, lse = library.forward(_readable(q[:total]), _readable(k[:keys]), _readable(v[:keys]), lengths, scale)
+    if lse.shape != (q.shape[1], total):  # older versions pad them to the longest sequence
+        raise RuntimeError(
+            f"the log-sum-exps of {type(library).__name__} have shape {tuple(lse.shape)}, expected (heads, queries) = "
+            f"{(q.shape[1], total)}; AVFAST_BACKEND=auto or a newer version of the library runs"
+        )
     if lengths.cross:
         lonely = _lonely(lengths.cu_q, lengths.cu_k, total)
         out.masked_fill_(lonely[:, None, None], 0)
