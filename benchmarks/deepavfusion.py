@@ -160,7 +160,8 @@ def build(setting: Setting, model: DeepAVFusion, tokens: str, form: str, device:
 def gflop(setting: Setting, model: DeepAVFusion, tokens: str, form: str) -> float:
     """Of a forward pass per clip, counted on meta."""
     one = replace(setting, clips=1, dtype=torch.float32)
-    return flops.count(build(one, copy.deepcopy(model).to("meta"), tokens, form, "meta").outputs) / 1e9
+    step = build(one, copy.deepcopy(model).to("meta"), tokens, form, "meta")
+    return flops.count(step.encoder, *step.inputs) / 1e9
 
 
 def difference(got: tuple, want: tuple) -> float:
