@@ -75,4 +75,4 @@ class PatchDecoder(nn.Module):
         front = embedded[: batch * count].unflatten(0, (batch, count))
         x = torch.cat([front, x + self.pos_embed], 1).flatten(0, 1)
         x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing)
-        return self.pred(self.norm(x.unflatten(0, (batch, -1))[:, count:]))
+        return self.pred(self.norm(x.unflatten(0, (batch, count + self.num_patches))[:, count:]))
