@@ -14,72 +14,26 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import common
 import torch
 import torch.nn.functional as F
+from attention_cases import Case, all_cases
 from common import OURS, Row
 from memory import MIB, Memory, memory_in_subprocess, peak_memory, saved_bytes
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from avfast import ops
-from avfast.masking import num_kept, ratio_pairs
+from avfast import backend, ops
 from avfast.ops import AttentionPlan
+from avfast.ops._attention_libraries import LIBRARIES
 from avfast.packing import cumulative, runs
 
-AUDIO_PATCHES, VISUAL_PATCHES = 512, 196
-RAGGED = (389, 104, 251, 317, 142, 371, 198, 263, 120, 344, 229, 167, 302, 110, 276, 331)
-MIXES = {"mix-0-50": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), "mix-0-80": (0.0, 0.2, 0.4, 0.6, 0.8)}
 WORK = {"forward": 1, "backward": 2, "both": 3}
+R = TypeVar("R")
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sequence lengths, heads H and head dimension D."""
-
-    name: str
-    lengths: tuple[int, ...]
-    heads: int = 12
-    dim: int = 64
-
-    @property
-    def equal(self) -> bool:
-        return len(set(self.lengths)) == 1
-
-    @property
-    def flops(self) -> int:
-        """Of the forward pass."""
-        return 4 * self.heads * self.dim * sum(n * n for n in self.lengths)
-
-    @property
-    def padding(self) -> float:
-        """How many times the work is on sequences padded to the longest."""
-        return len(self.lengths) * max(self.lengths) ** 2 / sum(n * n for n in self.lengths)
-
-    def bytes(self, dtype: torch.dtype) -> int:
-        """Of the forward pass: q, k, v and out once."""
-        return 4 * self.heads * self.dim * sum(self.lengths) * dtype.itemsize
-
-
-def mix(ratios: Sequence[float], blocks: int) -> tuple[int, ...]:
-    """Lengths as AVSiam packs them: audio, then visual, each longest first."""
-    pairs = [pair for block in range(blocks) for pair in ratio_pairs(ratios, len(ratios), block)]
-    audio, visual = ([num_kept(n, pair[i]) for pair in pairs] for i, n in enumerate((AUDIO_PATCHES, VISUAL_PATCHES)))
-    return (*sorted(audio, reverse=True), *sorted(visual, reverse=True))
-
-
-def all_cases(tokens: int) -> dict[str, Case]:
-    """The cases at about ``tokens`` tokens each; a mix or ragged list is taken whole."""
-    cases = [Case(f"n{n}", (n,) * max(1, round(tokens / n))) for n in (49, 98, 196, 392, 512, 784, 1568)]
-    for name, ratios in MIXES.items():
-        cases.append(Case(name, mix(ratios, max(1, round(tokens / sum(mix(ratios, 1)))))))
-    cases.append(Case("ragged-100-400", RAGGED * max(1, round(tokens / sum(RAGGED)))))
-    total = AUDIO_PATCHES + VISUAL_PATCHES
-    cases.append(Case("decoder-708", (total,) * max(1, round(tokens / total)), heads=16, dim=32))
-    cases.append(Case("tiny", (9, 9, 5, 1), heads=2, dim=16))
-    return {case.name: case for case in cases}
 
 
 # The variants.
@@ -117,6 +71,30 @@ class Variant:
         """Output and gradients, packed."""
         out = self.call(*self.leaves)
         return [self.packed(x.detach()) for x in (out, *torch.autograd.grad(out, self.leaves, self.grad))]
+
+
+@dataclass(frozen=True)
+class Through(Variant):
+    """Our op on another library's kernels: what a row of the take-over table would give, its adapter included."""
+
+    library: str = "auto"
+
+    def _run(self, run: Callable[[], R]) -> R:
+        before = backend.get_backend()
+        backend.set_backend(self.library)
+        try:
+            return run()
+        finally:
+            backend.set_backend(before)
+
+    def phases(self) -> dict[str, Callable[[], object]]:
+        return {name: partial(self._run, run) for name, run in super().phases().items()}
+
+    def both(self) -> None:
+        self._run(super().both)
+
+    def results(self) -> list[Tensor]:
+        return self._run(super().results)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -164,6 +142,15 @@ def avfast_device_plan(case: Case, data: Inputs) -> Variant:
     cu = cumulative(case.lengths, data[0].device)
     plan = AttentionPlan.build(cu, tokens_q=sum(case.lengths), max_seqlen_q=max(case.lengths))
     return _packed(data, lambda q, k, v: ops.packed_attention(q, k, v, plan=plan))
+
+
+def through(library: str, case: Case, data: Inputs) -> Variant:
+    _cuda_half(data)
+    reason = LIBRARIES[library].problem()
+    if reason or (LIBRARIES[library].equal_only and not case.equal):
+        raise Unavailable(reason or "lengths differ")
+    ours = avfast(case, data)
+    return Through(ours.leaves, ours.grad, ours.call, library=library)
 
 
 def padded_mask(case: Case, data: Inputs) -> Variant:
@@ -272,6 +259,7 @@ def flex(case: Case, data: Inputs) -> Variant:
 VARIANTS: dict[str, Callable[[Case, Inputs], Variant]] = {
     OURS: avfast,
     "avfast_device_plan": avfast_device_plan,
+    **{f"{OURS}_{library}": partial(through, library) for library in LIBRARIES},
     "padded_mask": padded_mask,
     "dense": dense,
     "dense_cudnn": dense_cudnn,

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import attention
 import common
 import torch
+from attention_cases import MIXES
 from avsiam_variants import GroupByGroup, PackedGroups, PackedVarlen, Padded, Variant
 from common import OURS, Row
 from memory import MIB, Memory, memory_in_subprocess, peak_memory, saved_bytes
@@ -30,7 +31,7 @@ from avfast import flops
 from avfast.models import create_model
 
 FLOAT_LIMIT, HALF_LIMIT = 1e-4, 0.02
-RATIOS = {"0-50": attention.MIXES["mix-0-50"], "0-80": attention.MIXES["mix-0-80"]}
+RATIOS = {"0-50": MIXES["mix-0-50"], "0-80": MIXES["mix-0-80"]}
 RELEASED = {
     "objective": "released", "mask_ratios": RATIOS["0-80"], "audio_structure": "time_frequency", "norm_pix": False,
     "stop_gradient": False,

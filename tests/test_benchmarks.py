@@ -23,7 +23,7 @@ def scripts(monkeypatch):
     import memory
 
     yield {"attention": attention, "avsiam": avsiam, "common": common, "memory": memory}
-    for name in ("attention", "avsiam", "avsiam_variants", "common", "memory", "plot"):
+    for name in ("attention", "attention_cases", "avsiam", "avsiam_variants", "common", "memory", "plot"):
         sys.modules.pop(name, None)
 
 
@@ -155,7 +155,9 @@ def test_unknown_names_end_in_the_list_of_known_ones(scripts):
 
 
 def test_mixes_pad_as_the_papers_ratios_say(scripts):
+    from attention_cases import RAGGED
+
     cases = scripts["attention"].all_cases(1)
     factors = {n: 708 * len(cases[n].lengths) / 2 / sum(cases[n].lengths) for n in ("mix-0-50", "mix-0-80")}
     assert factors == pytest.approx({"mix-0-50": 4 / 3, "mix-0-80": 5 / 3}, rel=0.01)
-    assert cases["ragged-100-400"].lengths == scripts["attention"].RAGGED
+    assert cases["ragged-100-400"].lengths == RAGGED
