@@ -144,23 +144,6 @@ class PackedTokens:
         parts = self.to_list()
         return PackedTokens.from_list([parts[i] for i in order])
 
-    def join(self, other: PackedTokens) -> PackedTokens:
-        """Sequence i of the result is sequence i of ``self`` followed by sequence i of ``other``."""
-        if len(self) != len(other):
-            raise ValueError(f"join needs equally many sequences, got {len(self)} and {len(other)}")
-        pairs = zip(self.to_list(), other.to_list(), strict=True)
-        lengths = tuple(a + b for a, b in zip(self.lengths, other.lengths, strict=True))
-        return PackedTokens(torch.cat([self.values[:0], *(part for pair in pairs for part in pair)]), lengths)
-
-    def unjoin(self, lengths: Sequence[int]) -> tuple[PackedTokens, PackedTokens]:
-        """Undo :meth:`join`: the first ``lengths[i]`` tokens of each sequence, and the rest."""
-        if len(lengths) != len(self) or any(a > n for a, n in zip(lengths, self.lengths, strict=True)):
-            raise ValueError(f"cannot take {tuple(lengths)} leading tokens from sequences of {self.lengths}")
-        rest = [n - a for a, n in zip(lengths, self.lengths, strict=True)]
-        parts = self.values.split([n for pair in zip(lengths, rest, strict=True) for n in pair])
-        first, second = (torch.cat([self.values[:0], *parts[i::2]]) for i in (0, 1))
-        return PackedTokens(first, tuple(lengths)), PackedTokens(second, tuple(rest))
-
     def mean(self) -> Tensor:
         """Mean of each sequence, ``(S, ...)``; an empty sequence gives zeros."""
         groups = runs(self.lengths)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avfast import PackedTokens
+from avfast.packing import permute_rows
 
 LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 
@@ -37,15 +38,12 @@ def test_cat_and_split(a, b):
         assert back.lengths == part.lengths and torch.equal(back.values, part.values)
 
 
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=5))
-def test_join_and_unjoin(pairs):
-    a, b = packed([n for n, _ in pairs]), packed([m for _, m in pairs])
-    joined = a.join(b)
-    for sequence, left, right in zip(joined.to_list(), a.to_list(), b.to_list(), strict=True):
-        assert torch.equal(sequence, torch.cat([left, right]))
-    for part, back in zip((a, b), joined.unjoin(a.lengths), strict=True):
-        assert back.lengths == part.lengths and torch.equal(back.values, part.values)
+def test_permuted_rows_and_their_gradient():
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    permuted = permute_rows(x, order, order.argsort())
+    assert torch.equal(permuted, x[order])
+    torch.autograd.gradcheck(permute_rows, (x, order, order.argsort()))
 
 
 @settings(deadline=None)
@@ -71,8 +69,6 @@ def test_select_reorders():
         (lambda: PackedTokens.from_list([]), "at least one"),
         (lambda: PackedTokens.from_padded(torch.zeros(2, 3, 4), torch.ones(2, 3)), "mask must be bool"),
         (lambda: PackedTokens.from_nested(torch.zeros(2)), "jagged"),
-        (lambda: packed([1, 2]).join(packed([1])), "equally many"),
-        (lambda: packed([1, 2]).unjoin([2, 2]), "leading tokens"),
         (lambda: packed([1, 2]).split([1]), "add up to 1"),
     ],
 )
