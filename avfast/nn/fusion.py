@@ -221,15 +221,16 @@ def join(
     """Per instance the tokens of ``first``, then those of ``second``, and boundaries where they are packed."""
     if cu_first is None and cu_second is None:
         return torch.cat([first, second], 1), None
-    ends = []
+    flat, instances, ends = [], [], []
     for x, cu in ((first, cu_first), (second, cu_second)):
-        ends.append(torch.arange(len(x) + 1, device=x.device, dtype=torch.int32) * x.shape[1] if cu is None else cu)
-    flat = [x.flatten(0, 1) if x.ndim == 3 else x for x in (first, second)]
-    places = [
-        torch.arange(len(x), device=x.device) + shift.repeat_interleave(cu.diff(), output_size=len(x))
-        for x, cu, shift in zip(flat, ends, (ends[1][:-1], ends[0][1:]), strict=True)
-    ]
-    return torch.cat(flat)[torch.cat(places).argsort()], ends[0] + ends[1]
+        if cu is None:
+            cu = torch.arange(len(x) + 1, device=x.device, dtype=torch.int32) * x.shape[1]
+            x = x.flatten(0, 1)
+        batch = torch.arange(len(cu) - 1, device=x.device)
+        flat.append(x)
+        ends.append(cu)
+        instances.append(batch.repeat_interleave(cu.diff(), output_size=len(x)))
+    return torch.cat(flat)[torch.cat(instances).argsort(stable=True)], ends[0] + ends[1]
 
 
 class FusionBlock(nn.Module):
