@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from avfast.models import Draws, create_model
-from avfast.models import draws as draws_module
+from avfast.models.draws import shared_plan
+from avfast.models.fusion_layout import shared_tokens
 from avfast.ops import AttentionPlan
 from avfast.train.graph import GraphedPass
 
-NAMES = ("avsiam_tiny", "avsep_tiny", "cav_mae_tiny")
+NAMES = ("avsiam_tiny", "avsep_tiny", "cav_mae_tiny", "deepavfusion_tiny")
 BATCH = 12
 
 
@@ -42,16 +43,26 @@ class HostTensors(TorchDispatchMode):
         return out
 
 
-def empty_plan(lengths, device):
-    cu_seqlens = torch.empty(len(lengths) + 1, dtype=torch.int32, device=device)
-    return AttentionPlan(cu_seqlens, None, torch.empty(2, 9, 4, dtype=torch.int32, device=device), max(lengths), 0)
+@pytest.fixture
+def fake_plans(monkeypatch):
+    """Plans are made without reading lengths, which fake tensors do not have."""
+
+    def of(lengths, lengths_k=None, device=None):
+        q = torch.empty(len(lengths) + 1, dtype=torch.int32, device=device)
+        return AttentionPlan(
+            q, None if lengths_k is None else q, torch.empty(4, 9, 4, dtype=torch.int32, device=device)
+        )
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(AttentionPlan, "of", of)
+    yield
+    shared_plan.cache_clear()
+    shared_tokens.cache_clear()
 
 
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_forward_pass_touches_no_host_tensor(name, missing, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(draws_module, "shared_plan", empty_plan)
+def test_a_forward_pass_touches_no_host_tensor(name, missing, fake_plans):
     present = [i != 3 for i in range(BATCH)] if missing else None
     draws = create_model(name).draw(BATCH, has_audio=present)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
