@@ -222,6 +222,14 @@ def test_a_named_library_says_what_it_cannot_do(fakes, name, request_, message):
     assert not fakes
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_plan_of_more_rows_than_there_are_is_refused_before_the_kernel_reads_them(fakes, name):
+    backend.set_backend(name)
+    with pytest.raises(ValueError, match="plan holds 18 queries and 18 keys, got 14 and 14 rows"):
+        attend(plan=AttentionPlan.of([9, 9]))
+    assert not fakes
+
+
 def test_cudnn_says_which_lengths_it_takes(fakes, monkeypatch):
     backend.set_backend("cudnn")
     for lengths in ((5, 9), (5, 0)):

@@ -380,6 +380,8 @@ def forward(library: Library, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths,
     """Output ``(Tq, H, D)`` and natural log-sum-exp ``(H, Tq)``; 0 and -inf in rows without keys."""
     rows, total = q.shape[0], lengths.total_q
     keys = lengths.total_k
+    if rows < total or k.shape[0] < keys:
+        raise ValueError(f"the plan holds {total} queries and {keys} keys, got {rows} and {k.shape[0]} rows")
     out, lse = library.forward(_readable(q[:total]), _readable(k[:keys]), _readable(v[:keys]), lengths, scale)
     if lse.shape != (q.shape[1], total):  # older versions pad them to the longest sequence
         raise RuntimeError(
