@@ -23,9 +23,10 @@ from torch import Tensor
 
 HEAD_DIMS = (16, 32, 64, 80, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-QUERIES = {torch.float32: (16,), torch.float16: (16, 32, 64), torch.bfloat16: (16, 32, 64)}
-"""Sizes of the block of queries. A larger block of float32 does not fit in the registers; more queries than the largest
-make several launches, of which the later ones add to the gradients of keys and values."""
+QUERIES = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
+"""Size of the block of queries: what fits in the registers. More queries make several launches, of which the later ones
+add to the gradients of keys and values.
+"""
 DENSE, MASKED, PACKED = 0, 1, 2
 
 
@@ -261,29 +262,28 @@ class Tile:
     stages: int
 
 
-def tile(kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype, queries: int) -> Tile:
-    """What a kernel runs with on a block of so many queries.
+def tile(kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype) -> Tile:
+    """What a kernel runs with.
 
     Chosen from the compiler's reports of registers and shared memory (tests/test_kernels_compile.py); times on a GPU
     have not been taken yet.
     """
     wide = max(dim_qk, dim_v) > 64
     if dtype == torch.float32:
-        return Tile(16 if wide or kernel == "backward" else 32, 8 if wide else 4, 1)
-    return Tile(32 if wide and kernel == "backward" else 64, 8 if wide or queries > 32 else 4, 1 if wide else 2)
+        return Tile(16 if kernel == "backward" else 32, 8 if wide else 4, 1)
+    return Tile(64 if kernel == "backward" and not wide else 32, 8 if wide else 4, 1 if wide else 2)
 
 
 def constants(
-    kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype, queries: int, kind_a: int, kind_v: int,
-    upcast: bool = False,
-) -> dict:  # fmt: skip
+    kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype, kind_a: int, kind_v: int, upcast: bool = False
+) -> dict:
     """Compile-time arguments and launch options."""
-    t = tile(kernel, dim_qk, dim_v, dtype, queries)
+    t = tile(kernel, dim_qk, dim_v, dtype)
     # Three TF32 products keep float32's accuracy on tensor cores; one alone is what the user may allow for matmuls.
     exact = torch.get_float32_matmul_precision() == "highest"
     return {
         "D": dim_qk, "DV": dim_v, "BLOCK_D": triton.next_power_of_2(dim_qk), "BLOCK_DV": triton.next_power_of_2(dim_v),
-        "BLOCK_F": queries, "BLOCK_N": t.keys, "KIND_A": kind_a, "KIND_V": kind_v,
+        "BLOCK_F": QUERIES[dtype], "BLOCK_N": t.keys, "KIND_A": kind_a, "KIND_V": kind_v,
         "PRECISION": "tf32x3" if exact else "tf32", "UPCAST": upcast, "num_warps": t.warps, "num_stages": t.stages,
     }  # fmt: skip
 
@@ -291,14 +291,13 @@ def constants(
 KERNELS = {"forward": forward_kernel, "backward": backward_kernel}
 
 
-def variants() -> Iterator[tuple[str, int, int, torch.dtype, int]]:
-    """(kernel, dimension of queries and keys, of values, dtype, block of queries): all the launchers can ask for."""
+def variants() -> Iterator[tuple[str, int, int, torch.dtype]]:
+    """(kernel, dimension of queries and keys, of values, dtype): all that the launchers can ask for."""
     for kernel in KERNELS:
         for dim_qk in HEAD_DIMS:
             for dim_v in HEAD_DIMS:
                 for dtype in DTYPES:
-                    for queries in QUERIES[dtype]:
-                        yield kernel, dim_qk, dim_v, dtype, queries
+                    yield kernel, dim_qk, dim_v, dtype
 
 
 def _check(q: Tensor, v: Tensor) -> None:
@@ -310,12 +309,11 @@ def _check(q: Tensor, v: Tensor) -> None:
         )
 
 
-def _chunks(q: Tensor) -> Iterator[tuple[slice, int]]:
-    """Queries of one launch each, and the block they go in; one empty launch where there are none."""
-    sizes = QUERIES[q.dtype]
-    for begin in range(0, max(q.shape[2], 1), sizes[-1]):
-        rows = min(q.shape[2] - begin, sizes[-1])
-        yield slice(begin, begin + rows), next(size for size in sizes if rows <= size)
+def _chunks(q: Tensor) -> Iterator[slice]:
+    """Queries of one launch each; one empty launch where there are none."""
+    size = QUERIES[q.dtype]
+    for begin in range(0, max(q.shape[2], 1), size):
+        yield slice(begin, min(begin + size, q.shape[2]))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -336,12 +334,10 @@ def _known(k: Tensor, keys: Tensor | None) -> tuple[int, int, Tensor]:
     return MASKED, k.shape[2], keys.contiguous().view(torch.uint8)
 
 
-def _launch(
-    kernel: str, arguments: Sequence, q: Tensor, v: Tensor, queries: int, kinds: tuple[int, int], extra: dict
-) -> None:
+def _launch(kernel: str, arguments: Sequence, q: Tensor, v: Tensor, kinds: tuple[int, int], extra: dict) -> None:
     # The interpreter computes on raw bits of bfloat16.
     upcast = triton.knobs.runtime.interpret
-    settings = constants(kernel, q.shape[-1], v.shape[-1], q.dtype, queries, *kinds, upcast)
+    settings = constants(kernel, q.shape[-1], v.shape[-1], q.dtype, *kinds, upcast)
     programs = q.shape[0] * q.shape[1]
     if programs:
         with torch.cuda.device_of(q):
@@ -358,13 +354,13 @@ def forward(
     (kind_a, n_a, keys_a), (kind_v, n_v, keys_v) = _known(k_a, keys_a), _known(k_v, keys_v)
     shift, bias_strides = (q, (0, 0)) if bias is None else (bias, bias.stride())
     strides = (*_strides(q, k_a, v_a, k_v, v_v, out), *bias_strides)
-    for own, block in _chunks(q):
+    for own in _chunks(q):
         part = q[:, :, own]
         arguments = (
             part, k_a, v_a, keys_a, k_v, v_v, keys_v, shift, out[:, :, own], lse_a[:, :, own], lse_v[:, :, own],
             *strides, q.shape[1], part.shape[2], q.shape[2], n_a, n_v, scale,
         )  # fmt: skip
-        _launch("forward", arguments, q, v_a, block, (kind_a, kind_v), {"BIAS": bias is not None})
+        _launch("forward", arguments, q, v_a, (kind_a, kind_v), {"BIAS": bias is not None})
 
 
 def backward(
@@ -381,10 +377,10 @@ def backward(
         for x in grads:  # packed rows without a sample have no program
             x.zero_()
     strides = _strides(grad, q, k_a, v_a, k_v, v_v, dq, *grads)
-    for own, block in _chunks(q):
+    for own in _chunks(q):
         part = q[:, :, own]
         arguments = (
             grad[:, :, own], part, k_a, v_a, keys_a, k_v, v_v, keys_v, lse_a[:, :, own], lse_v[:, :, own],
             dq[:, :, own], *grads, *strides, *part.shape[:3], q.shape[2], n_a, n_v, scale,
         )  # fmt: skip
-        _launch("backward", arguments, q, v_a, block, (kind_a, kind_v), {"ADD": own.start > 0})
+        _launch("backward", arguments, q, v_a, (kind_a, kind_v), {"ADD": own.start > 0})

@@ -50,7 +50,7 @@ def constants(variant: Variant) -> dict:
         chosen = packed_attention.constants(name, *dims, dtype, rows)
     else:
         masked = pair_attention.MASKED
-        chosen = pair_attention.constants(name, *dims, dtype, rows, masked, masked)
+        chosen = pair_attention.constants(name, *dims, dtype, masked, masked)
         chosen["BIAS" if name == "forward" else "ADD"] = True
     return chosen | {"PRECISION": precision}
 
@@ -120,7 +120,10 @@ def variants() -> list[Variant]:
     found = [
         ("packed_attention", name, (dim,), dtype, rows) for name, dim, dtype, rows in packed_attention.variants(BLOCKS)
     ]
-    found += [("pair_attention", name, (d, e), dtype, f) for name, d, e, dtype, f in pair_attention.variants()]
+    found += [
+        ("pair_attention", name, (d, e), dtype, pair_attention.QUERIES[dtype])
+        for name, d, e, dtype in pair_attention.variants()
+    ]
     return [
         (*variant, precision)
         for variant in found
