@@ -3,9 +3,9 @@
 Mo and Morgado, Unveiling the Power of Audio-Visual Early Fusion Transformers with Dense Interactions through Masked
 Modeling, CVPR 2024.
 
-Three branches are updated together, each from the others' previous layer: audio and visual tokens attend to themselves
-and to the fusion tokens; fusion tokens attend to interactions of the two, then to predict masked patches two decoders
-read the visible tokens of their modality and the fusion tokens.
+Three branches are updated together, each from the others' previous layer: audio and visual tokens attend to their own
+modality and to the fusion tokens, fusion tokens to interactions of the two. For masked pre-training each modality has a
+decoder, which reads its visible tokens and the fusion tokens.
 
 **What the interactions are.** The paper's fusion attends over all n_a n_v pairs ("dense"), calls this intractable, and
 approximates it by pairs of 8 + 8 aggregation tokens ("factorized"). As the key and the value of a pair are sums of one
@@ -64,7 +64,7 @@ from avfast import checkpoints
 from avfast.masking import DrawKey, check_ratio
 from avfast.models.base import AudioVisualMAE, Features, Output, init_weights
 from avfast.models.draws import Draws, Keep, as_kept
-from avfast.models.fusion_layout import FusionLayout, align
+from avfast.models.fusion_layout import FusionLayout, align, fused_layers
 from avfast.nn import PackedBlock, sincos_2d
 from avfast.nn.block import add
 from avfast.nn.fusion import ContextBlock, FusionArch, FusionBlock, Pending, Residual
@@ -81,24 +81,6 @@ BLOCK_EPS, FUSION_EPS = 1e-6, 1e-5
 
 Branches = tuple[Pending, Pending, Tensor]
 """Audio and visual tokens, each as (stream, update not yet added), and fusion tokens."""
-
-
-def fused_layers(layers: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Indices of the layers with a fusion block: ``"all"``, ``"none"``, the last k of them, or the given ones."""
-    if layers == "all":
-        return tuple(range(depth))
-    if layers == "none":
-        return ()
-    if isinstance(layers, int) and not isinstance(layers, bool) and 0 <= layers <= depth:
-        return tuple(range(depth - layers, depth))
-    if isinstance(layers, Sequence) and not isinstance(layers, str):
-        chosen = tuple(sorted(set(layers)))
-        if len(chosen) == len(layers) and all(isinstance(i, int) and 0 <= i < depth for i in chosen):
-            return chosen
-    raise ValueError(
-        f'fusion_layers must be "all", "none", how many of the last layers (0 to {depth}), or distinct layer indices '
-        f"below {depth}, got {layers!r}"
-    )
 
 
 class DeepAVFusion(AudioVisualMAE):
@@ -141,6 +123,10 @@ class DeepAVFusion(AudioVisualMAE):
     Raises:
         ValueError: on settings that contradict each other.
     """
+
+    unimodal_parts = ("patch_embed", "blocks_a", "blocks_v", "norm_a", "norm_v")
+    """Beginnings of the names of what unimodal pre-training gives; the released training raises their learning rate
+    from 0 over its first half."""
 
     def __init__(
         self,
@@ -222,10 +208,6 @@ class DeepAVFusion(AudioVisualMAE):
                     channels * part.patch_size**2, eps=FUSION_EPS, train_positions=train_decoder_positions,
                 )  # fmt: skip
         self.apply(init_weights)
-
-    unimodal_parts = ("patch_embed", "blocks_a", "blocks_v", "norm_a", "norm_v")
-    """Beginnings of the names of what unimodal pre-training gives; the released training raises their learning rate
-    from 0 over its first half."""
 
     @cached_property
     def frontend(self) -> HTKFrontend:

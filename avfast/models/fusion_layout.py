@@ -1,7 +1,8 @@
-"""How the tokens of a DeepAVFusion step are packed."""
+"""Which layers of a DeepAVFusion have a fusion block, and how the tokens of a step are packed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
@@ -12,6 +13,24 @@ from torch import Tensor
 from avfast.masking import Kept
 from avfast.models.draws import Layout, shared_plan
 from avfast.nn.fusion import TokenLayout
+
+
+def fused_layers(layers: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Indices of the layers with a fusion block: ``"all"``, ``"none"``, the last k of them, or the given ones."""
+    if layers == "all":
+        return tuple(range(depth))
+    if layers == "none":
+        return ()
+    if isinstance(layers, int) and not isinstance(layers, bool) and 0 <= layers <= depth:
+        return tuple(range(depth - layers, depth))
+    if isinstance(layers, Sequence) and not isinstance(layers, str):
+        chosen = tuple(sorted(set(layers)))
+        if len(chosen) == len(layers) and all(isinstance(i, int) and 0 <= i < depth for i in chosen):
+            return chosen
+    raise ValueError(
+        f'fusion_layers must be "all", "none", how many of the last layers (0 to {depth}), or distinct layer indices '
+        f"below {depth}, got {layers!r}"
+    )
 
 
 @lru_cache(maxsize=64)

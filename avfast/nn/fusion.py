@@ -63,7 +63,7 @@ class TokenLayout:
     def prepend(self, context: Tensor, x: Tensor) -> Tensor:
         """``(T + B C, D)``: each instance's context tokens ``(B, C, D)``, then its own of ``(T, D)``."""
         parts = zip(
-            context.split([count for count, _ in self.groups]),
+            context.to(x.dtype).split([count for count, _ in self.groups]),
             x.split([count * length for count, length in self.groups]),
             self.groups,
             strict=True,
@@ -386,4 +386,5 @@ class FusionBlock(nn.Module):
         aggregate_v = self.attn_v(aggregate_v, visual, cu_seqlens_v)
         aggregate_a = self.attn_a(aggregate_a, audio, cu_seqlens_a)
         p, r = self.attn.weights(fusion, aggregate_a, aggregate_v)
-        return p @ read_a, r @ read_v
+        with torch.autocast(p.device.type, enabled=False):
+            return p @ read_a, r @ read_v
