@@ -16,14 +16,8 @@ def world_size() -> int:
 
 def all_sum(x: Tensor) -> Tensor:
     """Sum of a tensor without gradient over all processes, the same on each."""
-    return x if world_size() == 1 else _all_sum(x)
-
-
-# compiled code stops for an exchange and goes on after it
-
-
-@torch.compiler.disable
-def _all_sum(x: Tensor) -> Tensor:
+    if world_size() == 1:
+        return x
     total = x.detach().clone()
     dist.all_reduce(total)
     return total
@@ -55,11 +49,8 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     Returns:
         ``(sum of n, ...)`` and an offset. The gradient of each row is summed over processes and returned to its owner.
     """
-    return (rows, 0) if world_size() == 1 else _gather_rows(rows)
-
-
-@torch.compiler.disable
-def _gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    if world_size() == 1:
+        return rows, 0
     counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
     counts[dist.get_rank()] = rows.shape[0]
     sizes = tuple(all_sum(counts).tolist())
