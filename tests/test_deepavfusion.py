@@ -169,7 +169,7 @@ def test_a_missing_modality_counts_in_no_loss_of_its_own():
     rows = [0, 2, 3]
     three = model(audio[rows], visual[rows], Draws(*([k[i] for i in rows] for k in keep)))
     assert_close("audio", outs[0].losses["reconstruction_audio"], three.losses["reconstruction_audio"], 1e-12)
-    silent = model.encode(visual=visual[1:2], visual_keep=keep[1][1:2]).fused
+    silent = model.encode(visual=visual[1:2], audio_keep=keep[0][:1], visual_keep=keep[1][1:2]).fused
     both = model.encode(audio, visual, audio_keep=keep[0], visual_keep=keep[1]).fused
     assert_close("fused", both[1:2], silent, 1e-12)
 
@@ -186,19 +186,27 @@ def test_a_batch_without_a_modality_still_touches_every_parameter(given, arch):
     assert all(torch.isfinite(grad).all() for grad in gradients(model).values())
     absent = {"audio": "visual", "visual": "audio"}.get(given)
     if absent:
+        whole = model.draw(3, key=DrawKey(0, 0, range(3), 3))
+        own = Draws(**{f"{given}_keep": getattr(whole, f"{given}_keep")})
+        inputs = audio if given == "audio" else None, visual if given == "visual" else None
+        assert torch.equal(model(*inputs, whole).loss, model(*inputs, own).loss)
         assert out.losses[f"reconstruction_{absent}"] == 0 < out.losses[f"reconstruction_{given}"]
         features = model.encode(**{given: audio if given == "audio" else visual})
         assert getattr(features, absent) is None and features.fused.shape == (3, 8, 32)
 
 
-def test_every_parameter_is_trained_and_fixed_tables_are_not():
-    model = small(train_decoder_positions=True)
+@pytest.mark.parametrize("layers", ["all", 1, "none"])
+def test_every_parameter_is_trained_and_fixed_tables_are_not(layers):
+    model = small(train_decoder_positions=True, fusion_layers=layers)
     model(*batch(3)).loss.backward()
     fixed = {name for name, _ in model.named_parameters()} - trained(model)
     assert fixed == {"pos_embed", "pos_embed_a"}
+    assert set(gradients(model)) == trained(model)
     assert all(grad.abs().max() > 0 for grad in gradients(model).values())
+    for block in model.fusion_blocks.values():
+        assert block.attn.kv.bias.grad[: block.attn.widths[0]].abs().max() == 0  # the key bias of pairs cancels
     positions = {f"decoders.{name}.pos_embed" for name in ("audio", "visual")}
-    assert trained(model) - trained(small()) == positions
+    assert trained(model) - trained(small(fusion_layers=layers)) == positions
     assert all(name.startswith(model.unimodal_parts) for name in trained(model) if name.startswith(("blocks", "patch")))
 
 

@@ -64,7 +64,7 @@ from avfast import checkpoints
 from avfast.masking import DrawKey, check_ratio
 from avfast.models.base import AudioVisualMAE, Features, Output, init_weights
 from avfast.models.draws import Draws, Keep, as_kept
-from avfast.models.fusion_layout import FusionLayout, align, fused_layers
+from avfast.models.fusion_layout import FusionLayout, align, fused_layers, of_present
 from avfast.nn import PackedBlock, sincos_2d
 from avfast.nn.block import add
 from avfast.nn.fusion import ContextBlock, FusionArch, FusionBlock, Pending, Residual
@@ -222,7 +222,10 @@ class DeepAVFusion(AudioVisualMAE):
         return [(self.audio_mask_ratio, self.visual_mask_ratio)] * len(key.positions)
 
     def laid_out(self, draws: Draws) -> Draws:
-        kept_a, kept_v = align(as_kept(draws.audio_keep), as_kept(draws.visual_keep))
+        kept_a, kept_v = align(
+            of_present(as_kept(draws.audio_keep), draws.has_audio),
+            of_present(as_kept(draws.visual_keep), draws.has_visual),
+        )
         counts = self.patch_embed_a.num_patches, self.patch_embed.num_patches
         layout = cast(FusionLayout, FusionLayout.of(kept_a, kept_v, counts, (draws.has_audio, draws.has_visual)))
         return draws.with_layout(replace(layout, context=self.fusion_tokens.shape[1], counts=counts))
@@ -405,8 +408,12 @@ class DeepAVFusion(AudioVisualMAE):
         given_a, given_v = audio is not None, visual is not None
         spectrogram, frames = self.inputs(audio, visual)
         batch, device = len(spectrogram), spectrogram.device
-        kept_a = self.kept_or_all(audio_keep, batch, self.patch_embed_a.num_patches if given_a else 0, device)
-        kept_v = self.kept_or_all(visual_keep, batch, self.patch_embed.num_patches if given_v else 0, device)
+        kept_a = self.kept_or_all(
+            audio_keep if given_a else None, batch, self.patch_embed_a.num_patches if given_a else 0, device
+        )
+        kept_v = self.kept_or_all(
+            visual_keep if given_v else None, batch, self.patch_embed.num_patches if given_v else 0, device
+        )
         layout = cast(FusionLayout, self.laid_out(Draws(kept_a, kept_v)).to(device).layout)
         if last:
             return layout, [self.run(spectrogram, frames, layout)]

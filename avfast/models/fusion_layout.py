@@ -75,6 +75,13 @@ class FusionLayout(Layout):
         return x[self.audio.inverse] if ragged else x
 
 
+def of_present(kept: Kept, present: Sequence[bool] | None) -> Kept:
+    """The kept patches of instances that have the modality: stand-ins for others must not reach the fusion tokens."""
+    if present is None or all(present):
+        return kept
+    return Kept.pack([ids if has else ids[:0] for ids, has in zip(kept.to_list(), present, strict=True)])
+
+
 def align(audio: Kept, visual: Kept) -> tuple[Kept, Kept]:
     """The same patches packed in one order of instances for both modalities, longest audio first, else as in the batch.
 

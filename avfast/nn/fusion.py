@@ -114,7 +114,7 @@ class ContextBlock(nn.Module):
         """Attention of the tokens to the context and to themselves, all normalised."""
         qkv, dim = self.attn.qkv, x.shape[1]
         weight_q, weight_kv = qkv.weight.split([dim, 2 * dim])
-        bias_q, bias_kv = (None, None) if qkv.bias is None else qkv.bias.split([dim, 2 * dim])
+        bias_q, bias_kv = qkv.bias.split([dim, 2 * dim])
         q = F.linear(x, weight_q, bias_q).unflatten(1, (self.attn.num_heads, -1))
         kv = F.linear(layout.prepend(context, x), weight_kv, bias_kv).unflatten(1, (2, self.attn.num_heads, -1))
         return self.attn.proj(packed_attention(q, kv[:, 0], kv[:, 1], plan=layout.with_context).flatten(1))
