@@ -14,6 +14,7 @@ from test_train import QUIET, arguments, assert_same, clips, losses  # noqa: F40
 
 from avfast import create_model
 from avfast.data.clips import StepBatches
+from avfast.data.demo import PRESETS
 from avfast.train import checkpoint, data
 from avfast.train.loop import run
 from avfast.train.pictures import fusion_maps
@@ -42,6 +43,13 @@ def test_a_run_ends_with_probes_neighbours_and_pictures(tmp_path, clips, capsys)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert set(rows[-1]["losses"]) == {"reconstruction_audio", "reconstruction_visual"}
     assert [row["step"] for row in rows if "neighbours" in row] == [2, 4]
+
+
+def test_the_demos_spectrogram_is_as_long_as_its_clips():
+    config = deepavfusion_demo()
+    model = create_model(config.model, **config.model_args)
+    assert model.frontend.seconds == PRESETS[config.demo_set].seconds
+    assert (model.frontend.num_frames, model.frontend.num_mel_bins) == model.audio_size
 
 
 def test_stopped_and_resumed_is_bit_for_bit(tmp_path, clips, monkeypatch):  # noqa: F811
