@@ -45,8 +45,13 @@ def test_assert_close_names_the_worst_element():
 
 @pytest.mark.parametrize(
     "call",
-    ["torch.empty(3)", "torch.empty(2, 3, dtype=torch.bfloat16)", "torch.empty_like(x)", "x.new_empty(5)",
-     "torch.empty_strided((2, 2), (2, 1))"],
+    [
+        "torch.empty(3)",
+        "torch.empty(2, 3, dtype=torch.bfloat16)",
+        "torch.empty_like(x)",
+        "x.new_empty(5)",
+        "torch.empty_strided((2, 2), (2, 1))",
+    ],
 )
 def test_memory_that_avfast_leaves_unwritten_is_nan(call):
     def allocate(module: str) -> torch.Tensor:
