@@ -270,8 +270,12 @@ def tile(kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype) -> Tile:
     """
     wide = max(dim_qk, dim_v) > 64
     if dtype == torch.float32:
-        return Tile(16 if kernel == "backward" else 32, 8 if wide else 4, 1)
-    return Tile(64 if kernel == "backward" and not wide else 32, 8 if wide else 4, 1 if wide else 2)
+        if kernel == "forward":
+            return Tile(16 if dim_qk > 64 else 32, 8 if wide else 4, 1)
+        return Tile(16, 8 if wide or dim_qk > max(dim_v, 32) else 4, 1)
+    if kernel == "forward":
+        return Tile(32, 8 if wide else 4, 1 if wide else 2)
+    return Tile(32 if dim_qk > 32 and wide else 64, 8 if wide else 4, 1 if wide else 2)
 
 
 def constants(
