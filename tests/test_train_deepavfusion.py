@@ -114,6 +114,8 @@ def test_two_processes_equal_one_where_a_modality_is_missing(tmp_path, clips):  
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     a, b = (checkpoint.load(Path(tmp_path / name / "checkpoints/step-6"))[0] for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
+    idle = create_model(one.model, **one.model_args).unused_parts  # what nothing trains does not decay either
+    assert idle and all(torch.equal(a[name], b[name]) for name in a if name.startswith(idle))
 
 
 def test_maps_are_what_the_layers_weigh():
