@@ -145,7 +145,7 @@ def test_a_replayed_pass_trains_as_the_plain_one():
     for graphed in (False, True):
         torch.manual_seed(0)
         model = create_model("avsiam_tiny", depth=1, decoder_depth=1, fusion_depth=1)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
         def run(audio, visual, draws, parts, model=model):
             output = model(audio, visual, draws)
@@ -157,8 +157,9 @@ def test_a_replayed_pass_trains_as_the_plain_one():
         if graphed:
             assert passes.captured is not None and passes.replay is not None
     (want, parameters), (got, ours) = results
-    assert torch.equal(got, want)
-    assert all(torch.equal(a, b) for a, b in zip(ours, parameters, strict=True))
+    # not bit for bit: with several threads a matrix product depends on where its operands lie in memory
+    assert_close("losses", got, want, 1e-5)
+    assert_close("parameters", *(torch.cat([p.flatten() for p in side]) for side in (ours, parameters)), 1e-5)
 
 
 @pytest.mark.gpu
