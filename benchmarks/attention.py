@@ -345,7 +345,7 @@ def memory(variant: Variant, device: torch.device) -> tuple[float, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     parse = common.parser(__doc__.splitlines()[0])
     parse.add_argument("--dtypes", help="comma-separated, default float32 and bfloat16, bfloat16 on CUDA")
-    parse.add_argument("--tokens", type=int, help="about this many per case, default 16384, on the CPU 3136, quick 784")
+    parse.add_argument("--tokens", type=int, help="about this many per case: 16384, on the CPU 3136, quick 784")
     parse.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
     parse.add_argument("--deterministic", action="store_true", help="ask for it; compare 30 runs of ours bit by bit")
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -355,6 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.use_deterministic_algorithms(args.deterministic)
     cases = all_cases(args.tokens or (16384 if cuda else 784 if args.quick else 3136))
     cases = {name: cases[name] for name in common.chosen(cases, args.cases, hidden=["tiny"])}
+    if args.quick and not cuda:
+        cases = {name: replace(case, heads=case.heads // 2) for name, case in cases.items()}
     names = common.chosen(VARIANTS, args.variants)
     dtypes = {name: DTYPES[name] for name in common.chosen(DTYPES, args.dtypes, ["float32"] if cuda else ["float16"])}
     if not args.dtypes and cuda:
