@@ -304,7 +304,7 @@ class DeepAVFusion(AudioVisualMAE):
         else:
             tokens = self.fusion_norm(branches[2])
         reconstruction = {
-            name: decoder(layout.in_batch_order(tokens), cast(dict, layout.plans)[f"{name}_decoder"], *visible[name])
+            name: decoder(layout.in_batch_order(tokens), cast(dict, layout.plans)[name], *visible[name])
             for name, decoder in self.decoders.items()
         }
         losses = self.reconstruction_losses(reconstruction, spectrogram, frames, layout)

@@ -102,6 +102,16 @@ class Layout:
         optional = (self.pairs, self.present_audio, self.present_visual)
         return self.audio.lengths, self.visual.lengths, self.lengths, *(None if x is None else len(x) for x in optional)
 
+    def plan_lengths(self) -> dict[str, tuple[int, ...]]:
+        """The sequence lengths of each of ``plans``."""
+        return {
+            "both": self.audio.lengths + self.visual.lengths,
+            "audio": self.audio.lengths,
+            "visual": self.visual.lengths,
+            "joined": self.lengths,
+            "dense": (self.patches,) * len(self.audio),
+        }
+
     def to(self, device: torch.device | str) -> Layout:
         """On a device, with plans there; one copy for all index tensors."""
         device = torch.device(device)
@@ -117,13 +127,6 @@ class Layout:
         index = index.to(device, non_blocking=True)
         views = iter(index.split([len(x) for x in given]))
         moved = [None if x is None else next(views) for x in parts]
-        lengths = {
-            "both": a.lengths + v.lengths,
-            "audio": a.lengths,
-            "visual": v.lengths,
-            "joined": self.lengths,
-            "dense": (self.patches,) * len(a),
-        }
         return replace(
             self,
             audio=Kept(moved[0], moved[1], moved[2], a.lengths, a.order),
@@ -132,7 +135,7 @@ class Layout:
                 zip(("order", "back", "places", "pairs", "present_audio", "present_visual"), moved[6:], strict=True)
             ),
             index=index,
-            plans={name: shared_plan(n, device) for name, n in lengths.items()},
+            plans={name: shared_plan(n, device) for name, n in self.plan_lengths().items()},
         )
 
     def join(self, audio: PackedTokens, visual: PackedTokens) -> Tensor:

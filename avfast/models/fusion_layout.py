@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avfast.masking import Kept
-from avfast.models.draws import Layout, shared_plan
+from avfast.models.draws import Layout
 from avfast.nn.fusion import TokenLayout
 
 
@@ -56,17 +56,18 @@ class FusionLayout(Layout):
     tokens_audio: TokenLayout | None = None
     tokens_visual: TokenLayout | None = None
 
+    def plan_lengths(self) -> dict[str, tuple[int, ...]]:
+        """Of the decoders, ``"audio"`` and ``"visual"``: fusion tokens and all patches."""
+        counts = zip(("audio", "visual"), self.counts, strict=True)
+        return {name: (self.context + count,) * len(self.audio) for name, count in counts}
+
     def to(self, device: torch.device | str) -> FusionLayout:
         """On a device, with plans there."""
         moved, device = cast(FusionLayout, super().to(device)), torch.device(device)
-        plans = dict(moved.plans or {})
-        for name, count in zip(("audio", "visual"), self.counts, strict=True):
-            plans[f"{name}_decoder"] = shared_plan((self.context + count,) * len(self.audio), device)
         return replace(
             moved,
             tokens_audio=shared_tokens(self.audio.lengths, self.context, device),
             tokens_visual=shared_tokens(self.visual.lengths, self.context, device),
-            plans=plans,
         )
 
     def in_batch_order(self, x: Tensor) -> Tensor:
