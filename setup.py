@@ -1,6 +1,7 @@
 """Packages and extras. Nothing is compiled at install time and torch is never imported here."""
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -16,9 +17,10 @@ def version() -> str:
     return match.group(1)
 
 
-packages = find_packages(include=["avfast", "avfast.*"])
-package_dir = {}
-if (ROOT / "kernels").is_dir():
+# An editable install is a plain path to this folder, where avfast/kernels.py finds the kernels. A package_dir would
+# make it an import hook, which loses to any folder called avfast, such as the clone seen from its parent.
+packages, package_dir = find_packages(include=["avfast", "avfast.*"]), {"": "."}
+if "editable_wheel" not in sys.argv:
     packages.append("avfast.kernels")
     package_dir["avfast.kernels"] = "kernels"
 

@@ -22,7 +22,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 triton = pytest.importorskip("triton")
 
 from avfast.kernels import packed_attention, pair_attention  # noqa: E402
-
 from avfast.ops.packed_attention import BLOCKS  # noqa: E402
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "compile_check.csv"

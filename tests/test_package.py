@@ -64,6 +64,17 @@ def test_import_is_quick_and_touches_neither_cuda_nor_triton():
     assert set(probes[0]["new"]) <= {"avfast", "torch"}
 
 
+def test_a_script_beside_the_clone_finds_the_package(tmp_path: Path):
+    """The clone's folder is called avfast too; seen from its parent it must not pass for the package."""
+    (tmp_path / "avfast").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text("import avfast, avfast.kernels\nprint(avfast.__version__, *avfast.kernels.__path__)")
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    version, kernels = run.stdout.strip().split(" ", 1)
+    assert version == avfast.__version__ and (Path(kernels) / "packed_attention.py").is_file()
+
+
 def test_readme_and_ci_agree():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = [block.strip() for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)]
