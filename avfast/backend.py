@@ -2,8 +2,8 @@
 
 ``AVFAST_BACKEND`` or :func:`set_backend` name it: ``auto`` (the default: Triton on CUDA devices, the reference
 elsewhere), ``reference`` (the eager body, any device) or ``triton`` (an error where Triton cannot run; with
-``TRITON_INTERPRET=1`` it runs on the CPU too). ``varlen``, ``flash_attn``, ``xformers`` and ``cudnn`` are other
-people's kernels of packed attention (:mod:`avfast.ops._attention_libraries`): an error where they cannot run; every
+``TRITON_INTERPRET=1`` it runs on the CPU too). ``varlen``, ``flash_attn``, ``flash_attn_4``, ``xformers`` and ``cudnn``
+are other libraries' packed attention (:mod:`avfast.ops._attention_libraries`): an error where they cannot run; every
 other op runs as under ``auto``.
 """
 
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import torch
 
-ATTENTION_LIBRARIES = ("varlen", "flash_attn", "xformers", "cudnn")
+ATTENTION_LIBRARIES = ("varlen", "flash_attn", "flash_attn_4", "xformers", "cudnn")
 BACKENDS = ("auto", "reference", "triton", *ATTENTION_LIBRARIES)
 
 

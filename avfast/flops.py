@@ -7,7 +7,8 @@ which recompute the scores, and four to the plain one, and it charges nothing at
 block counts the same on the CPU, on `meta` and on a GPU. What activation checkpointing runs twice is counted twice.
 
 Operators of this library have their formula here; an operator is opaque to the counter, so what its body runs is not
-counted again. What depends on lengths is read from them, and raises where they are not known (boundaries on `meta`).
+counted again, and packed attention runs as ours here where ``AVFAST_BACKEND`` names another library. What depends on
+lengths is read from them, and raises where they are not known (boundaries on `meta`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from avfast import backend
 
 __all__ = ["breakdown", "count"]
 
@@ -49,10 +52,16 @@ def breakdown(fn: Callable[..., Any], *args: Any, backward: bool = False, **kwar
     """As `count`, by operator: `{"aten.addmm": 123, ...}`, largest first."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton where there is one
 
-    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
-        result = fn(*args, **kwargs)
-        if backward:
-            _loss(result).backward()
+    named = backend.get_backend()
+    if named in backend.ATTENTION_LIBRARIES:  # what they run is no operator that has a formula
+        backend.set_backend("auto")
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+            result = fn(*args, **kwargs)
+            if backward:
+                _loss(result).backward()
+    finally:
+        backend.set_backend(named)
     counts = {str(op): int(flops) for op, flops in counter.get_flop_counts().get("Global", {}).items()}
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 

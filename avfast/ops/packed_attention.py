@@ -6,9 +6,9 @@ of a sequence without keys give zeros, in outputs and gradients.
 
 Operators: ``avfast::packed_attention`` and ``avfast::packed_attention_qkv`` (one packed ``(T, 3, H, D)`` input whose
 gradient is written in place of a stack), each with its ``_backward``. The eager bodies run anywhere and group sequences
-of equal length; on CUDA devices Triton kernels run, deterministic in both directions, or a library that is faster for
-the shape (:mod:`avfast.ops._attention_libraries`). ``torch.func`` transforms do not go through custom operators, and
-there is no second derivative.
+of equal length; on CUDA devices Triton kernels run, deterministic in both directions. A library that ``AVFAST_BACKEND``
+names takes the place of the operators, with its own autograd (:mod:`avfast.ops._attention_libraries`). ``torch.func``
+transforms do not go through custom operators, and there is no second derivative.
 """
 
 from __future__ import annotations
@@ -30,6 +30,33 @@ BLOCKS = (64, 128)
 
 
 @dataclass(frozen=True, eq=False)
+class HostLengths:
+    """What the host knows of a plan's sequences.
+
+    Args:
+        q: queries per sequence.
+        k: keys per sequence.
+        total_q: sum of the queries.
+        total_k: sum of the keys.
+        equal: whether all sequences have as many queries, and as many keys, as the others.
+        one_sided: whether a sequence has queries and no keys, or keys and no queries.
+    """
+
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    total_q: int
+    total_k: int
+    equal: bool
+    one_sided: bool
+
+    @classmethod
+    def of(cls, q: Sequence[int], k: Sequence[int]) -> HostLengths:
+        """Of as many queries as keys sequences."""
+        one_sided = q is not k and any((n == 0) != (m == 0) for n, m in zip(q, k, strict=True))
+        return cls(tuple(q), tuple(k), sum(q), sum(k), len(set(q)) == len(set(k)) == 1, one_sided)
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """What depends on lengths only; built once per step and shared by all layers.
 
@@ -39,8 +66,7 @@ class AttentionPlan:
         work: int32 lists of what the kernels' programs do, see :func:`work_lists`; None where none run.
         max_seqlen_q: no sequence has more queries; 0 when unknown.
         max_seqlen_k: likewise for keys.
-        total_q: queries of all sequences; 0 when only the device knows.
-        total_k: likewise for keys.
+        host: the lengths themselves; None when only the device knows.
     """
 
     cu_seqlens_q: Tensor
@@ -48,8 +74,7 @@ class AttentionPlan:
     work: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
-    total_q: int = 0
-    total_k: int = 0
+    host: HostLengths | None = None
 
     @classmethod
     def of(
@@ -67,10 +92,10 @@ class AttentionPlan:
         """
         cu_seqlens_k = None if lengths_k is None else _boundaries(lengths_k)
         plan = cls(
-            _boundaries(lengths_q), cu_seqlens_k, None, max(lengths_q, default=0), max(lengths_k or (), default=0),
-            sum(lengths_q), sum(lengths_k or ()),
+            _boundaries(lengths_q), cu_seqlens_k, None, max(lengths_q, default=0), max(lengths_k or (), default=0)
         )  # fmt: skip
         plan.check()
+        plan = replace(plan, host=HostLengths.of(lengths_q, lengths_q if lengths_k is None else lengths_k))
         return plan if device is None else plan.to(device)
 
     @classmethod
@@ -198,13 +223,9 @@ def _work(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: Tensor 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: Tensor | None, max_q: int, max_k: int,
-    scale: float, total_q: int, total_k: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        lengths = libraries.Lengths.of(cu_q, cu_k, max_q, max_k, total_q, total_k)
-        library = libraries.choose("forward", q, lengths)
-        if library is not None:
-            return libraries.forward(library, q, k, v, lengths, scale)
         if backend.which(q.device) == "reference":
             return reference.forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, scale)
         from avfast.kernels import packed_attention as kernels
@@ -217,15 +238,9 @@ def _forward(
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
-    work: Tensor | None, max_q: int, max_k: int, scale: float, total_q: int, total_k: int, dq: Tensor, dk: Tensor,
-    dv: Tensor,
+    work: Tensor | None, max_q: int, max_k: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        lengths = libraries.Lengths.of(cu_q, cu_k, max_q, max_k, total_q, total_k)
-        library = libraries.choose("backward", q, lengths)
-        if library is not None:
-            libraries.backward(library, grad, q, k, v, out, lse, lengths, scale, dq, dk, dv)
-            return
         if backend.which(q.device) == "reference":
             reference.backward(grad, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, scale, dq, dk, dv)
             return
@@ -251,44 +266,40 @@ def _empty(x: Tensor) -> Tensor:
 @torch.library.custom_op("avfast::packed_attention", mutates_args=())
 def _op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, work: Tensor | None,
-    max_seqlen_q: int, max_seqlen_k: int, scale: float, total_q: int = 0, total_k: int = 0,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, max_seqlen_k, scale, total_q, total_k
-    )  # fmt: skip
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, max_seqlen_k, scale)
 
 
 @torch.library.custom_op("avfast::packed_attention_backward", mutates_args=())
 def _op_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None, work: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float,
-    total_q: int = 0, total_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     _backward(
-        grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, max_seqlen_k, scale, total_q, total_k,
-        dq, dk, dv,
+        grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, max_seqlen_k, scale, dq, dk, dv
     )  # fmt: skip
     return dq, dk, dv
 
 
 @torch.library.custom_op("avfast::packed_attention_qkv", mutates_args=())
 def _op_qkv(
-    qkv: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int, scale: float, total: int = 0
+    qkv: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(1)
-    return _forward(q, k, v, cu_seqlens, None, work, max_seqlen, 0, scale, total, 0)
+    return _forward(q, k, v, cu_seqlens, None, work, max_seqlen, 0, scale)
 
 
 @torch.library.custom_op("avfast::packed_attention_qkv_backward", mutates_args=())
 def _op_qkv_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int,
-    scale: float, total: int = 0,
+    scale: float,
 ) -> Tensor:  # fmt: skip
     gradient = _empty(qkv)
     q, k, v = qkv.unbind(1)
     dq, dk, dv = gradient.unbind(1)
-    _backward(grad, q, k, v, out, lse, cu_seqlens, None, work, max_seqlen, 0, scale, total, 0, dq, dk, dv)
+    _backward(grad, q, k, v, out, lse, cu_seqlens, None, work, max_seqlen, 0, scale, dq, dk, dv)
     return gradient
 
 
@@ -410,9 +421,10 @@ def packed_attention(
         raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     p = _plan(plan, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     scale = _scale(scale, q.shape[-1])
-    return _op(
-        q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, p.work, p.max_seqlen_q, p.max_seqlen_k, scale, p.total_q, p.total_k
-    )[0]  # fmt: skip
+    library = backend.get_backend()
+    if library in backend.ATTENTION_LIBRARIES:
+        return libraries.attend(library, q, k, v, p, scale)
+    return _op(q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, p.work, p.max_seqlen_q, p.max_seqlen_k, scale)[0]
 
 
 def packed_attention_qkv(
@@ -441,4 +453,9 @@ def packed_attention_qkv(
         raise ValueError("packed_attention_qkv needs a plan of one set of lengths, got one with lengths_k")
     qkv = _autocast(qkv)
     p = _plan(plan, qkv, qkv, cu_seqlens, None, max_seqlen, None)
-    return _op_qkv(qkv, p.cu_seqlens_q, p.work, p.max_seqlen_q, _scale(scale, qkv.shape[-1]), p.total_q)[0]
+    scale = _scale(scale, qkv.shape[-1])
+    library = backend.get_backend()
+    if library in backend.ATTENTION_LIBRARIES:
+        q, k, v = qkv.unbind(1)
+        return libraries.attend(library, q, k, v, p, scale)
+    return _op_qkv(qkv, p.cu_seqlens_q, p.work, p.max_seqlen_q, scale)[0]
