@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from importlib import import_module
+from typing import Any
 
 import common
 import torch
@@ -28,11 +29,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from avfast import backend, ops
 from avfast.ops import AttentionPlan
-from avfast.ops._attention_libraries import LIBRARIES
+from avfast.ops._attention_libraries import LIBRARIES, missing
 from avfast.packing import cumulative, runs
 
 WORK = {"forward": 1, "backward": 2, "both": 3}
-R = TypeVar("R")
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -71,30 +71,6 @@ class Variant:
         """Output and gradients, packed."""
         out = self.call(*self.leaves)
         return [self.packed(x.detach()) for x in (out, *torch.autograd.grad(out, self.leaves, self.grad))]
-
-
-@dataclass(frozen=True)
-class Through(Variant):
-    """Our op on another library's kernels: what a row of the take-over table would give, its adapter included."""
-
-    library: str = "auto"
-
-    def _run(self, run: Callable[[], R]) -> R:
-        before = backend.get_backend()
-        backend.set_backend(self.library)
-        try:
-            return run()
-        finally:
-            backend.set_backend(before)
-
-    def phases(self) -> dict[str, Callable[[], object]]:
-        return {name: partial(self._run, run) for name, run in super().phases().items()}
-
-    def both(self) -> None:
-        self._run(super().both)
-
-    def results(self) -> list[Tensor]:
-        return self._run(super().results)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -145,12 +121,21 @@ def avfast_device_plan(case: Case, data: Inputs) -> Variant:
 
 
 def through(library: str, case: Case, data: Inputs) -> Variant:
+    """What ``AVFAST_BACKEND`` gives: the library whole, and what our function adds to it."""
     _cuda_half(data)
-    reason = LIBRARIES[library].problem()
-    if reason or (LIBRARIES[library].equal_only and not case.equal):
-        raise Unavailable(reason or "lengths differ")
-    ours = avfast(case, data)
-    return Through(ours.leaves, ours.grad, ours.call, library=library)
+    if missing(library) or (LIBRARIES[library].equal_only and not case.equal):
+        raise Unavailable(missing(library) or "lengths differ")
+    plan = AttentionPlan.of(case.lengths, device=data[0].device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        before = backend.get_backend()
+        backend.set_backend(library)
+        try:
+            return ops.packed_attention(q, k, v, plan=plan)
+        finally:
+            backend.set_backend(before)
+
+    return _packed(data, call)
 
 
 def padded_mask(case: Case, data: Inputs) -> Variant:
@@ -207,39 +192,45 @@ def grouped(case: Case, data: Inputs) -> Variant:
     return _packed(data, call)
 
 
+def _imported(module: str, function: str) -> Any:
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, OSError, AttributeError) as error:
+        raise Unavailable(f"not installed ({error})") from None
+
+
 def varlen(case: Case, data: Inputs) -> Variant:
     _cuda_half(data)
-    from torch.nn.attention.varlen import varlen_attn
-
+    call = _imported("torch.nn.attention.varlen", "varlen_attn")
     cu, longest = cumulative(case.lengths, data[0].device), max(case.lengths)
-    return _packed(data, lambda q, k, v: varlen_attn(q, k, v, cu, cu, longest, longest))
+    return _packed(data, lambda q, k, v: call(q, k, v, cu, cu, longest, longest))
 
 
 def flash_attn(case: Case, data: Inputs) -> Variant:
     _cuda_half(data)
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise Unavailable(f"not installed ({error})") from None
+    call = _imported("flash_attn", "flash_attn_varlen_func")
     cu, longest = cumulative(case.lengths, data[0].device), max(case.lengths)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _packed(
-        data,
-        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, deterministic=deterministic),
-    )
+    return _packed(data, lambda q, k, v: call(q, k, v, cu, cu, longest, longest, deterministic=deterministic))
+
+
+def flash_attn_4(case: Case, data: Inputs) -> Variant:
+    _cuda_half(data)
+    call = _imported("flash_attn.cute", "flash_attn_varlen_func")
+    cu, longest = cumulative(case.lengths, data[0].device), max(case.lengths)
+    given = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    given["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    return _packed(data, lambda q, k, v: call(q, k, v, **given)[0])
 
 
 def xformers(case: Case, data: Inputs) -> Variant:
     _cuda_half(data)
-    try:
-        from xformers.ops import fmha, memory_efficient_attention
-    except ImportError as error:
-        raise Unavailable(f"not installed ({error})") from None
-    bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens(list(case.lengths))
-    return _packed(data, lambda q, k, v: memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0])
+    call = _imported("xformers.ops", "memory_efficient_attention")
+    mask = _imported("xformers.ops.fmha.attn_bias", "BlockDiagonalMask").from_seqlens(list(case.lengths))
+    return _packed(data, lambda q, k, v: call(q[None], k[None], v[None], attn_bias=mask)[0])
 
 
-def flex(case: Case, data: Inputs) -> Variant:
+def flex(case: Case, data: Inputs, options: dict[str, Any] | None = None) -> Variant:
     """flex_attention, compiled, with a document mask that is built once."""
     device = data[0].device
     if device.type != "cuda":
@@ -248,12 +239,24 @@ def flex(case: Case, data: Inputs) -> Variant:
 
     total = sum(case.lengths)
     document = torch.repeat_interleave(torch.arange(len(case.lengths)), torch.tensor(case.lengths)).to(device)
-    mask = create_block_mask(lambda b, h, i, j: document[i] == document[j], None, None, total, total, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return _packed(
-        data,
-        lambda q, k, v: compiled(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=mask)[0].transpose(0, 1),
+    rows = 256 if options and torch.cuda.get_device_capability(device)[0] >= 10 else 128  # FA4's tile on Blackwell
+    mask = create_block_mask(
+        lambda b, h, i, j: document[i] == document[j], None, None, total, total, device=device, BLOCK_SIZE=(rows, 128)
     )
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(*heads: Tensor) -> Tensor:
+        out = compiled(*(x.transpose(0, 1)[None] for x in heads), block_mask=mask, kernel_options=options)
+        return out[0].transpose(0, 1)
+
+    return _packed(data, call)
+
+
+def flex_flash(case: Case, data: Inputs) -> Variant:
+    """flex_attention on FlashAttention 4."""
+    _cuda_half(data)
+    _imported("flash_attn.cute", "flash_attn_func")
+    return flex(case, data, {"BACKEND": "FLASH"})
 
 
 VARIANTS: dict[str, Callable[[Case, Inputs], Variant]] = {
@@ -267,8 +270,10 @@ VARIANTS: dict[str, Callable[[Case, Inputs], Variant]] = {
     "loop": loop,
     "varlen": varlen,
     "flash_attn": flash_attn,
+    "flash_attn_4": flash_attn_4,
     "xformers": xformers,
     "flex": flex,
+    "flex_flash": flex_flash,
 }
 
 

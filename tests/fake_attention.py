@@ -7,6 +7,7 @@ Rows that no sequence reaches and rows without a counterpart hold NaN, in gradie
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from avfast.ops import _attention_libraries as libraries
 
 NAN = float("nan")
 
@@ -31,6 +34,7 @@ def _sequences(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max
 
 
 def forward(q, k, v, bounds, scale) -> tuple[Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     for x in (q, k, v):
         assert x.stride(-1) == 1 and x.data_ptr() % 16 == 0, (x.shape, x.stride())
         assert all(s % 8 == 0 for s in x.stride()[:-1]), (x.shape, x.stride())
@@ -44,6 +48,7 @@ def forward(q, k, v, bounds, scale) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad, q, k, v, out, lse, bounds, scale) -> list[Tensor]:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     dq, dk, dv = (torch.full(x.shape, NAN, dtype=x.dtype) for x in (q, k, v))
     for a, b in _sequences(q, k, *bounds):
         g, x, y, z, o = (t.double().transpose(0, 1) for t in (grad[a], q[a], k[b], v[b], out[a]))
@@ -76,16 +81,17 @@ class Aten:
         for name in ("_flash_attention_forward", "_flash_attention_backward"):
             self.library.impl(name, getattr(self, name), "CPU")
 
-    def _flash_attention_forward(self, q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, *debug, scale, **window):
-        assert (dropout, causal) == (0.0, False) and set(window.values()) <= {-1, False}
+    def _flash_attention_forward(self, q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, *debug, **rest):
+        assert (dropout, causal) == (0.0, False)
         self.calls.append("varlen")
-        return *forward(q, k, v, (cu_q, cu_k, max_q, max_k), scale), *(torch.empty(0) for _ in range(3))
+        out, lse = forward(q, k, v, (cu_q, cu_k, max_q, max_k), rest.get("scale"))
+        return out, lse, *(torch.empty(0) for _ in range(3))
 
     def _flash_attention_backward(
-        self, grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, *state, scale, **window
+        self, grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, *state, **rest
     ):
-        assert (dropout, causal) == (0.0, False) and set(window.values()) <= {-1}
-        return tuple(backward(grad, q, k, v, out, lse, (cu_q, cu_k, max_q, max_k), scale))
+        assert (dropout, causal) == (0.0, False)
+        return tuple(backward(grad, q, k, v, out, lse, (cu_q, cu_k, max_q, max_k), rest.get("scale")))
 
 
 @dataclass
@@ -95,7 +101,7 @@ class BlockDiagonalMask:
 
     @classmethod
     def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
-        assert device == torch.device("cpu")
+        assert device in (None, torch.device("cpu"))
         return cls(list(q_seqlen), list(q_seqlen if kv_seqlen is None else kv_seqlen))
 
 
@@ -135,8 +141,10 @@ def modules(calls: list[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def install(monkeypatch: Any, calls: list[str]) -> None:
-    """Makes `import` find the stand-ins, and PyTorch's choice of cuDNN for dense attention a note in `calls`."""
+@contextmanager
+def installed(monkeypatch: Any) -> Iterator[list[str]]:
+    """All libraries, on the CPU, and PyTorch's choice of cuDNN for dense attention; yields which of them ran."""
+    calls: list[str] = []
     for name, contents in modules(calls).items():
         module = ModuleType(name)
         vars(module).update(contents)
@@ -149,3 +157,7 @@ def install(monkeypatch: Any, calls: list[str]) -> None:
         yield
 
     monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", sdpa_kernel)
+    monkeypatch.setattr(libraries, "DEVICE", "cpu")
+    aten = Aten(calls)
+    yield calls
+    aten.library._destroy()

@@ -40,12 +40,8 @@ def restored():
 @pytest.fixture
 def fakes(monkeypatch):
     """All libraries, on the CPU; which of them were called."""
-    calls: list[str] = []
-    aten = fake_attention.Aten(calls)
-    fake_attention.install(monkeypatch, calls)
-    monkeypatch.setattr(libraries, "DEVICE", "cpu")
-    yield calls
-    aten.library._destroy()
+    with fake_attention.installed(monkeypatch) as calls:
+        yield calls
 
 
 def contract(dim, dtype, case, device="cpu", heads=2):

@@ -5,10 +5,11 @@ import sys
 import time
 from pathlib import Path
 
+import fake_attention
 import pytest
 import torch
 
-from avfast import ops
+from avfast import backend, ops
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -88,6 +89,21 @@ def test_avsiam_script_tables(scripts, no_floors, tmp_path, case, variants):
     assert scripts["avsiam"].main([*arguments, "--cases", case, "--csv", str(target)]) == 0
     rows = _rows(target)
     assert len(rows) == variants and all(float(r["clips_per_s"]) > 0 for r in rows)
+
+
+OF_LIBRARIES = ["varlen", "flash_attn", "flash_attn_4", "xformers", "dense_cudnn"]
+
+
+@pytest.mark.parametrize("name", [*OF_LIBRARIES, *(f"avfast_{name}" for name in backend.ATTENTION_LIBRARIES)])
+def test_attention_of_other_libraries_is_called_rightly(scripts, monkeypatch, name):
+    attention = scripts["attention"]
+    monkeypatch.setattr(attention, "_cuda_half", lambda data: None)
+    case = attention.Case("small", (9, 9) if "cudnn" in name else (9, 5, 1), heads=2, dim=16)
+    data = attention.inputs(case, torch.bfloat16, torch.device("cpu"))
+    with fake_attention.installed(monkeypatch) as calls:
+        got = attention.VARIANTS[name](case, data).results()
+    assert calls == [name.removeprefix("avfast_").removeprefix("dense_")] and backend.get_backend() == "auto"
+    assert scripts["common"].rms_error(got, attention.reference(case, data)) < 0.005
 
 
 @pytest.mark.parametrize("fault", ["value", "gradient", "nan"])
