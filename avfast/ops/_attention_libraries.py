@@ -100,7 +100,6 @@ LIBRARIES = {
 }
 
 
-@torch.compiler.assume_constant_result
 def missing(name: str) -> str | None:
     """Why a library's function cannot be imported, None where it can."""
     library = LIBRARIES[name]
@@ -129,7 +128,7 @@ def refusal(name: str, q: Tensor, plan: AttentionPlan) -> str | None:
         return "it takes sequences of one length, got different ones"
     if library.equal_only and plan.max_seqlen_k == 1:
         return "it does not take sequences of one key"
-    return missing(name)
+    return None if torch.compiler.is_compiling() else missing(name)  # an import cannot be traced
 
 
 def _readable(x: Tensor) -> Tensor:
