@@ -1,5 +1,6 @@
 """Clips in, tensors out: manifests, media decoding, log-mel filter banks, augmentation and the built-in demo clips."""
 
+from avfast.data.clip_list import Clip, ClipList
 from avfast.data.clips import (
     BadFiles,
     Batch,
@@ -13,7 +14,7 @@ from avfast.data.clips import (
 )
 from avfast.data.frontend import HTKFrontend, KaldiFrontend
 from avfast.data.log_mel import htk_log_mel, log_mel
-from avfast.data.manifest import Clip, ClipList, read, read_folder, read_manifest
+from avfast.data.manifest import read, read_folder, read_manifest
 from avfast.data.media import MediaError, MediaFile, MediaInfo, probe, read_audio, read_frames
 
 __all__ = [

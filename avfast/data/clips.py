@@ -7,6 +7,9 @@ be split over any number of processes and workers without changing a sample.
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -285,6 +288,7 @@ def make_loader(
         num_workers=workers,
         multiprocessing_context=context,
         pin_memory=pin_memory,
+        worker_init_fn=_end_with_trainer,
         collate_fn=partial(
             collate,
             total=batches.total,
@@ -294,6 +298,21 @@ def make_loader(
         ),
     )
     return Loader(loader, dataset.seconds)
+
+
+def _end_with_trainer(worker: int) -> None:
+    """Lets a loader worker end when its trainer does, however that ends.
+
+    torch's own watchdog waits for the worker's parent, which here is the fork server: it lives as long as its workers.
+    """
+    trainer = multiprocessing.parent_process()  # whose end closes a pipe that it alone holds open
+
+    def watch() -> None:
+        trainer.join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    if trainer is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def eval_loader(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avfast.data.augment import eval_crop, resize_short_side, train_crop
-from avfast.data.manifest import Clip, ClipList
+from avfast.data.clip_list import Clip, ClipList
 from avfast.data.media import MediaError, MediaFile, read_image
 from avfast.masking import DrawKey
 

@@ -6,56 +6,22 @@ import csv
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
+from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
 from avfast.data.media import AUDIO_EXTENSIONS, MEDIA_EXTENSIONS
 
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """One clip: where its sound and its pictures are.
-
-    Attributes:
-        id: for people; need not be unique.
-        audio_path, video_path: media files, possibly the same one; None where the clip has no such modality.
-        labels: indices into the list's ``class_names``.
-        weight: for weighted sampling.
-        frames_dir: in place of ``video_path``, a folder with ``frame_0/<id>.jpg`` .. ``frame_9/<id>.jpg`` (CAV-MAE's
-            layout).
-    """
-
-    id: str
-    audio_path: str | None
-    video_path: str | None
-    labels: tuple[int, ...] = ()
-    weight: float = 1.0
-    frames_dir: str | None = None
-
-    @property
-    def path(self) -> str:
-        """The file to name when something is wrong with the clip."""
-        return self.video_path or self.audio_path or os.path.join(self.frames_dir or "", "frame_*", f"{self.id}.jpg")
-
-
-@dataclass(frozen=True)
-class ClipList:
-    """Clips and the names of their classes (empty: no labels are known)."""
-
-    clips: tuple[Clip, ...]
-    class_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.clips)
+__all__ = ["Clip", "ClipList", "merge", "read", "read_all", "read_folder", "read_manifest"]
 
 
 def read(data: str | os.PathLike[str], class_csv: str | None = None, weights_csv: str | None = None) -> ClipList:
-    """What ``--data`` takes: a folder, a CAV-MAE JSON manifest, or several of them joined by commas.
+    """A folder, a media file, a CAV-MAE JSON manifest, or several of them joined by commas; see :func:`read_all`.
 
     Args:
         data: the path or paths. A path that exists is taken whole, commas included.
-        class_csv: the classes of the manifests' labels; without it labels are ignored. Folders take no notice of it.
+        class_csv: the classes of the manifests' labels; without it labels are ignored.
         weights_csv: sampling weights of the manifests, joined by commas if there are several.
 
     Raises:
@@ -65,75 +31,161 @@ def read(data: str | os.PathLike[str], class_csv: str | None = None, weights_csv
     paths = [text] if os.path.exists(text) else [part.strip() for part in text.split(",") if part.strip()]
     if not paths:
         raise ValueError("data: expected a folder or a JSON manifest, got an empty name")
-    for path in paths:
-        if not os.path.exists(path):
-            raise ValueError(f"data: no such file or folder: {path}")
-    manifests = [path for path in paths if not os.path.isdir(path)]
-    weights = [part.strip() for part in weights_csv.split(",")] if weights_csv else [None] * len(manifests)
-    if len(weights) != len(manifests):
-        raise ValueError(
-            f"weights: expected one CSV for each of the {len(manifests)} manifests, got {len(weights)}: {weights_csv}"
-        )
-    if class_csv and not manifests:
+    if class_csv and not any(map(is_manifest, paths)):
         raise ValueError(
             f"class CSV: {class_csv} goes with a JSON manifest; the classes of a folder are its sub-folders"
         )
-    of_manifest = dict(zip(manifests, weights, strict=True))
-    lists = [
-        read_folder(path) if os.path.isdir(path) else read_manifest(path, class_csv, of_manifest[path])
-        for path in paths
-    ]
-    return merge(lists)
+    return read_all(paths, class_csv, [part.strip() for part in weights_csv.split(",")] if weights_csv else ())
 
 
-def merge(lists: Sequence[ClipList]) -> ClipList:
-    """All clips in order; classes are united by name, in order of first appearance."""
-    if len(lists) == 1:
-        return lists[0]
-    index: dict[str, int] = {}
-    for part in lists:
-        for name in part.class_names:
-            index.setdefault(name, len(index))
-    clips: list[Clip] = []
-    for part in lists:
-        to = [index[name] for name in part.class_names]
-        if to == list(range(len(to))):
-            clips += part.clips
-        else:
-            clips += [replace(clip, labels=tuple(to[label] for label in clip.labels)) for clip in part.clips]
-    return ClipList(tuple(clips), tuple(index))
+def read_all(
+    paths: Sequence[str], class_csv: str | None = None, weights_csv: Sequence[str] = (), *, source: str = "data"
+) -> ClipList:
+    """One list of the clips of several folders, media files and manifests; classes are united by name.
+
+    Args:
+        paths: at least one.
+        class_csv: the classes of the manifests' labels; without it labels are ignored. Folders take no notice of it.
+        weights_csv: none, or sampling weights for each of the manifests.
+        source: what gave the paths, for messages.
+
+    Raises:
+        ValueError: with one line naming what was wrong, and where.
+    """
+    for path in paths:
+        if not os.path.exists(path):
+            raise ValueError(f"{source}: no such file or folder: {path}")
+    manifests = [path for path in paths if is_manifest(path)]
+    if weights_csv and len(weights_csv) != len(manifests):
+        raise ValueError(
+            f"weights: expected one CSV for each of the {len(manifests)} manifests, got {len(weights_csv)}: "
+            f"{','.join(weights_csv)}"
+        )
+    weights = iter(weights_csv or [None] * len(manifests))
+    return merge(
+        [read_manifest(path, class_csv, next(weights)) if is_manifest(path) else read_folder(path) for path in paths]
+    )
+
+
+def is_manifest(path: str) -> bool:
+    """Whether :func:`read_all` takes ``path`` for a manifest: it is neither a folder nor named like a media file."""
+    return not os.path.isdir(path) and _extension(path) not in MEDIA_EXTENSIONS
 
 
 def read_folder(path: str | os.PathLike[str]) -> ClipList:
-    """Every media file below ``path``, by name.
+    """Every media file below ``path``, by name; a media file is a list of one clip.
 
     The first sub-folder on the way to a file names its class, as torchvision's ImageFolder has it; files directly in
-    ``path`` have none, and without sub-folders there are no classes. Names that begin with a dot are skipped.
+    ``path`` have none, and without sub-folders there are no classes. Names that begin with a dot are skipped. Links are
+    followed, but a folder or file that is met again under another name is left out. One sound file and one film
+    whose names differ in their extension alone (``clip.wav`` beside ``clip.mp4``) are one clip. ``notes`` say what was
+    paired and what was left out.
 
     Raises:
         ValueError: there is no such folder, or no media file in it.
     """
     root = os.fspath(path)
-    if not os.path.isdir(root):
+    if os.path.isdir(root):
+        files, skipped = _walk(root)
+    elif os.path.isfile(root) and _extension(root) in MEDIA_EXTENSIONS:
+        root, name = os.path.split(root)
+        files, skipped = [name], Counter()
+    else:
         raise ValueError(f"data: no such folder: {root}")
-    found: list[tuple[str, str, str | None]] = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = os.path.relpath(folder, root)
-        category = None if relative == "." else relative.split(os.sep)[0]
-        for name in sorted(names):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in MEDIA_EXTENSIONS:
-                found.append((os.path.join(folder, name), os.path.normpath(os.path.join(relative, name)), category))
-    if not found:
-        raise ValueError(f"data: no media files under {root} (looked for {', '.join(sorted(MEDIA_EXTENSIONS))})")
-    class_names = tuple(sorted({category for _, _, category in found if category is not None}))
+    kinds = [f"{count} {what}" for what, count in skipped.most_common(6)]
+    rest = sum(skipped.values()) - sum(count for _, count in skipped.most_common(6))
+    left_out = ", ".join(kinds + ([f"{rest} others"] if rest else []))
+    if not files:
+        wanted = f"looked for {', '.join(sorted(MEDIA_EXTENSIONS))}" + (f"; left out {left_out}" if left_out else "")
+        raise ValueError(f"data: no media files under {root} ({wanted})")
+    categories = [file.split(os.sep)[0] if os.sep in file else None for file in files]
+    class_names = tuple(sorted({category for category in categories if category is not None}))
     index = {name: i for i, name in enumerate(class_names)}
-    clips = []
-    for file, relative, category in found:
-        sound_only = os.path.splitext(file)[1].lower() in AUDIO_EXTENSIONS
-        labels = () if category is None else (index[category],)
-        clips.append(Clip(os.path.splitext(relative)[0], file, None if sound_only else file, labels))
-    return ClipList(tuple(clips), class_names)
+    sounds = _pairs(files)
+    partners = set(sounds.values())
+
+    def clips() -> Iterator[Clip]:
+        for file, category in zip(files, categories, strict=True):
+            if file in partners:
+                continue
+            video = None if _extension(file) in AUDIO_EXTENSIONS else os.path.join(root, file)
+            audio = os.path.join(root, sounds.get(file, file))
+            yield Clip(os.path.splitext(file)[0], audio, video, () if category is None else (index[category],))
+
+    notes = []
+    if sounds:
+        film, sound = next(iter(sounds.items()))
+        more = f" and {len(sounds) - 1} more" if len(sounds) > 1 else ""
+        notes.append(f"{root}: the sound of {film} is taken from {sound}{more}, by name")
+    if left_out:
+        notes.append(f"{root}: left out {left_out}")
+    return ClipList(PackedClips(clips()), class_names, tuple(notes))
+
+
+def _walk(root: str) -> tuple[list[str], Counter[str]]:
+    """Media files below ``root``, relative to it, and how many of what else there are.
+
+    Folders and files are told apart by where they really are. Links come last, so that they never take the place of
+    what they lead to.
+    """
+    files: list[str] = []
+    skipped: Counter[str] = Counter()
+    seen: set[str] = set()  # folders, and files that links lead to
+    folders, links = [""], []
+    while folders or links:
+        relative = folders.pop() if folders else links.pop()
+        place = os.path.join(root, relative)
+        real = os.path.realpath(place)
+        is_folder = os.path.isdir(place)
+        if real in seen or (not is_folder and _is_listed(real) and os.path.dirname(real) in seen):
+            skipped["links to what was met before"] += 1
+            continue
+        seen.add(real)
+        if not is_folder:
+            files.append(relative)
+            continue
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name, reverse=True)
+        except OSError:
+            skipped["unreadable folders"] += 1
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name, extension = os.path.join(relative, entry.name), _extension(entry.name)
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                (links if entry.is_symlink() else folders).append(name)
+            elif extension not in MEDIA_EXTENSIONS:
+                skipped[f"{extension} files" if extension else "files without extension"] += 1
+            elif entry.is_file(follow_symlinks=False):
+                if os.path.join(real, entry.name) not in seen:
+                    files.append(name)
+            elif os.path.exists(entry.path) and not os.path.isfile(entry.path):
+                skipped["pipes, sockets or devices"] += 1
+            else:
+                links.append(name)  # a broken one too: it is named when it cannot be read
+    return sorted(files, key=lambda file: (file.split(os.sep)[:-1], file)), skipped
+
+
+def _is_listed(path: str) -> bool:
+    return _extension(path) in MEDIA_EXTENSIONS and not os.path.basename(path).startswith(".")
+
+
+def _pairs(files: Sequence[str]) -> dict[str, str]:
+    """Film -> sound, where exactly one of each share a folder and a name."""
+    found: dict[str, list[str]] = {}
+    for file in files:
+        found.setdefault(os.path.splitext(file)[0], []).append(file)
+    pairs = {}
+    for same in found.values():
+        if len(same) == 2 and sum(_extension(file) in AUDIO_EXTENSIONS for file in same) == 1:
+            film, sound = sorted(same, key=lambda file: _extension(file) in AUDIO_EXTENSIONS)
+            pairs[film] = sound
+    return pairs
+
+
+def _extension(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def read_manifest(
@@ -172,7 +224,7 @@ def read_manifest(
     names, index = ((), None) if class_csv is None else _read_classes(class_csv)
     weights = [1.0] * len(entries) if weights_csv is None else _read_weights(weights_csv, len(entries), file)
     root = Path(file).absolute().parent
-    clips = tuple(
+    clips = PackedClips(
         _read_entry(entry, f"manifest {file}: entry {i}", root, index, class_csv, weight)
         for i, (entry, weight) in enumerate(zip(entries, weights, strict=True))
     )
@@ -221,7 +273,7 @@ def _rows(path: str | os.PathLike[str], what: str) -> Iterator[list[str]]:
 
 
 def _read_classes(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Display names in order of their index, and mid -> index."""
+    """Display names in order of their index, and mid -> index. A name of several mids is followed by each one's mid."""
     rows = list(_rows(path, "class CSV"))
     header = [cell.strip() for cell in rows[0]] if rows else []
     if header[:3] != ["index", "mid", "display_name"]:
@@ -242,7 +294,9 @@ def _read_classes(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], dict[s
         names[position], index[mid] = row[2].strip(), position
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"class CSV {os.fspath(path)}: expected the indices 0 .. {len(names) - 1}, each once")
-    return tuple(names[i] for i in range(len(names))), index
+    often = {name for name, count in Counter(names.values()).items() if count > 1}
+    mids = {position: mid for mid, position in index.items()}
+    return tuple(f"{names[i]} ({mids[i]})" if names[i] in often else names[i] for i in range(len(names))), index
 
 
 def _read_weights(path: str | os.PathLike[str], count: int, manifest: str) -> list[float]:

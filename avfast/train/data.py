@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from avfast.data.manifest import Clip, ClipList, merge, read_folder, read_manifest
+from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
+from avfast.data.manifest import is_manifest, read_all, read_manifest
 from avfast.train import parallel
 from avfast.train.config import Config, SettingError
 
@@ -28,46 +29,50 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
 
         train_json, test_json, class_csv = parallel.first_only(build)
         return read_manifest(train_json, class_csv), read_manifest(test_json, class_csv)
+    if config.class_csv and not any(map(is_manifest, config.data + config.eval_data)):
+        raise SettingError(
+            f"--class_csv {config.class_csv} goes with a manifest; the classes of a folder are its sub-folders"
+        )
     train = read(config.data, config.class_csv, config.weights_csv)
     if not config.eval_data:
         return split(train, config.eval_fraction)
     # merged, so that a class has the same number on both sides
-    both = merge([train, read(config.eval_data, config.class_csv)])
-    return replace(both, clips=both.clips[: len(train)]), replace(both, clips=both.clips[len(train) :])
+    both = merge([train, read(config.eval_data, config.class_csv, flag="--eval_data")])
+    return both.take(range(len(train))), both.take(range(len(train), len(both)))
 
 
-def read(paths: Sequence[str], class_csv: str | None = None, weights_csv: Sequence[str] = ()) -> ClipList:
-    """One list of the clips of several folders and manifests; classes are united by name."""
-    manifests = [path for path in paths if not Path(path).is_dir()]
-    for path in manifests:
+def read(
+    paths: Sequence[str], class_csv: str | None = None, weights_csv: Sequence[str] = (), *, flag: str = "--data"
+) -> ClipList:
+    """One list of the clips of several folders, media files and manifests; classes are united by name."""
+    for path in paths:
         if not Path(path).exists():
-            raise SettingError(f"--data {path}: no such folder or manifest")
-    if class_csv and not manifests:
-        raise SettingError(f"--class_csv {class_csv} goes with a manifest; the classes of a folder are its sub-folders")
-    if weights_csv and len(weights_csv) != len(manifests):
-        raise SettingError(f"--weights_csv: expected {len(manifests)}, one CSV per manifest, got {len(weights_csv)}")
-    weights: dict[str, str | None] = dict.fromkeys(manifests) | dict(zip(manifests, weights_csv, strict=False))
-    return merge([read_manifest(p, class_csv, weights[p]) if p in weights else read_folder(p) for p in paths])
+            raise SettingError(f"{flag} {path}: no such folder or manifest")
+    manifests = sum(map(is_manifest, paths))
+    if weights_csv and len(weights_csv) != manifests:
+        raise SettingError(f"--weights_csv: expected {manifests}, one CSV per manifest, got {len(weights_csv)}")
+    return read_all(paths, class_csv, weights_csv, source=flag)
 
 
 def share(clip_id: str) -> float:
     """A number in [0, 1) that depends on the clip's id only."""
-    return int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:6], "big") / 2**48
+    # file names that are no UTF-8 hold lone surrogates
+    return int.from_bytes(hashlib.sha256(clip_id.encode(errors="surrogatepass")).digest()[:6], "big") / 2**48
 
 
 def split(clips: ClipList, fraction: float) -> tuple[ClipList, ClipList]:
     """Training and held-out clips by a hash of the id, so that a clip keeps its side when others are added."""
-    out = [clip for clip in clips.clips if share(clip.id) < fraction]
-    kept = [clip for clip in clips.clips if share(clip.id) >= fraction]
-    return replace(clips, clips=tuple(kept)), replace(clips, clips=tuple(out))
+    held_out = [share(clip.id) < fraction for clip in clips.clips]
+    kept = clips.take(i for i, out in enumerate(held_out) if not out)
+    return kept, clips.take(i for i, out in enumerate(held_out) if out)
 
 
 def first(clips: ClipList, limit: int | None) -> ClipList:
     """At most ``limit`` clips, those of smallest hash, in their order."""
     if limit is None or len(clips) <= limit:
         return clips
-    chosen = set(sorted(range(len(clips)), key=lambda i: share(clips.clips[i].id))[:limit])
-    return replace(clips, clips=tuple(c for i, c in enumerate(clips.clips) if i in chosen))
+    places = [share(clip.id) for clip in clips.clips]
+    return clips.take(sorted(sorted(range(len(clips)), key=places.__getitem__)[:limit]))
 
 
 def shuffled(clips: ClipList, seed: int) -> ClipList:
@@ -77,7 +82,7 @@ def shuffled(clips: ClipList, seed: int) -> ClipList:
     """
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(clips))
     partner = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
-    return replace(clips, clips=tuple(_pair(clips.clips, i, partner[i]) for i in range(len(clips))))
+    return replace(clips, clips=PackedClips(_pair(clips.clips, i, partner[i]) for i in range(len(clips))))
 
 
 def _pair(clips: Sequence[Clip], sound: int, picture: int) -> Clip:
