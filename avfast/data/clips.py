@@ -57,6 +57,7 @@ class Batch:
         total: planned size of the global batch.
         failures: what this process could not decode.
         short: (B,) bool, see :class:`Sample`.
+        truncated: files met that end before their headers say.
     """
 
     waveform: Tensor
@@ -71,6 +72,7 @@ class Batch:
     total: int
     failures: list[Failure]
     short: Tensor
+    truncated: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -240,20 +242,23 @@ def collate(
         total=total,
         failures=[sample for sample in samples if isinstance(sample, Failure)],
         short=torch.tensor([sample.short for sample in good], dtype=torch.bool),
+        truncated=tuple(path for sample in good for path in sample.truncated),
     )
 
 
 class Loader:
-    """Iterable of batches that says once when clips are shorter than the model's window.
+    """Iterable of batches that says once when clips are shorter than the model's window, and once when truncated.
 
     Attributes:
         short: indices of the short clips met so far.
+        truncated: the files met so far that end before their headers say.
     """
 
     def __init__(self, loader: DataLoader[Any], seconds: float) -> None:
         self._loader = loader
         self._seconds = seconds
         self.short: set[int] = set()
+        self.truncated: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -264,6 +269,12 @@ class Loader:
                 if not self.short:
                     logger.warning("some clips are shorter than the model's %.2f s: their end is padded", self._seconds)
                 self.short.update(batch.index[batch.short].tolist())
+            if batch.truncated and not self.truncated:
+                logger.warning(
+                    "some files end before their headers say (%s is the first): what is there is used",
+                    batch.truncated[0],
+                )
+            self.truncated.update(batch.truncated)
             yield batch
 
 
@@ -308,7 +319,7 @@ def _end_with_trainer(worker: int) -> None:
     trainer = multiprocessing.parent_process()  # whose end closes a pipe that it alone holds open
 
     def watch() -> None:
-        trainer.join()  # type: ignore[union-attr]
+        trainer.join()
         os._exit(1)
 
     if trainer is not None:

@@ -58,6 +58,7 @@ class Sample:
         frames: (F, 3, size, size) uint8, or None without pictures.
         labels: class indices.
         short: it has less than 95 % of the window that the model looks at; the rest will be padded.
+        truncated: those of its files that end before their headers say.
     """
 
     index: int
@@ -67,6 +68,7 @@ class Sample:
     frames: Tensor | None
     labels: tuple[int, ...]
     short: bool
+    truncated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class _Decoded:
     frames: Tensor | None  # (N, 3, h, w) uint8
     times: Sequence[float]
     duration: float
+    truncated: tuple[str, ...]
+
+
+_Cut = tuple[Tensor | None, Tensor | None, bool, tuple[str, ...]]  # sound, pictures, short, truncated
 
 
 class ClipDataset(Dataset[Sample | Failure]):
@@ -84,7 +90,8 @@ class ClipDataset(Dataset[Sample | Failure]):
 
     Training takes a random window of ``frontend.seconds`` where the clip is longer, a random frame within it, a random
     resized crop and a coin for the flip. Evaluation takes the first window, and the middle frame or ``eval_frames``
-    frames in the middles of equal parts of it, resized and centre-cropped.
+    frames in the middles of equal parts of it, resized and centre-cropped. The window lies where there are both sound
+    and pictures: if decoding finds less than the headers promise, it is taken anew from what is there.
 
     Args:
         clip_list: the clips.
@@ -133,7 +140,8 @@ class ClipDataset(Dataset[Sample | Failure]):
         clip = self.clips[index]
         rng = DrawKey(self.seed, step, (position,), position + 1).generator("clip", position) if self.train else None
         try:
-            waveform, frames, short = self._cut(self._remember(index), rng) if self.cache else self._decode(clip, rng)
+            cut = self._cut(self._remember(index), rng) if self.cache else self._decode(clip, rng)
+            waveform, frames, short, truncated = cut
             if waveform is None and frames is None:
                 raise MediaError(clip.path, "holds neither sound nor pictures")
         except MediaError as error:
@@ -141,7 +149,7 @@ class ClipDataset(Dataset[Sample | Failure]):
         if frames is not None:
             size = self.image_size
             frames = eval_crop(frames, size) if rng is None else train_crop(frames, size, rng, scale=self.crop_scale)
-        return Sample(index, step, position, waveform, frames, clip.labels, short)
+        return Sample(index, step, position, waveform, frames, clip.labels, short, truncated)
 
     def warm(
         self, progress: Callable[[Iterable[int]], Iterable[int]] = lambda items: items, threads: int = 2
@@ -163,24 +171,65 @@ class ClipDataset(Dataset[Sample | Failure]):
         errors = [(i, found) for i, found in sorted(self._cached.items()) if isinstance(found, MediaError)]
         return [Failure(error.path, error.reason, i) for i, error in errors]
 
-    def _window(self, duration: float, rng: np.random.Generator | None) -> tuple[float, list[float], bool]:
-        """(start, times of the frames, short)."""
-        start = 0.0 if rng is None else rng.uniform(0.0, max(duration - self.seconds, 0.0))
-        length = min(self.seconds, duration - start)
-        middles = (np.arange(self.num_frames) + 0.5) / self.num_frames if rng is None else [rng.random()]
-        return start, [start + length * float(at) for at in middles], duration < _SHORT * self.seconds
+    def _draw(self, rng: np.random.Generator | None) -> tuple[float, Sequence[float]]:
+        """Where the window starts in what it can choose from, and where in it the frames are; all in [0, 1)."""
+        if rng is None:
+            return 0.0, ((np.arange(self.num_frames) + 0.5) / self.num_frames).tolist()
+        return rng.random(), [rng.random()]
 
-    def _decode(self, clip: Clip, rng: np.random.Generator | None) -> tuple[Tensor | None, Tensor | None, bool]:
+    def _window(self, duration: float, draw: tuple[float, Sequence[float]]) -> tuple[float, list[float], bool]:
+        """(start, times of the frames, short)."""
+        start = draw[0] * max(duration - self.seconds, 0.0)
+        length = min(self.seconds, duration - start)
+        return start, [start + length * at for at in draw[1]], duration < _SHORT * self.seconds
+
+    def _decode(self, clip: Clip, rng: np.random.Generator | None) -> _Cut:
+        draw = self._draw(rng)
         with ExitStack() as stack:
             sound, pictures = _open(clip, stack)
             duration = _duration(sound, pictures)
-            start, times, short = self._window(duration, rng)
-            waveform = None
-            if sound is not None:
-                waveform = sound.audio(sample_rate=self.sample_rate, start=start, seconds=self.seconds)
-                if waveform is not None and len(waveform) == 0 and start > 0:  # the file ends before its header says
-                    waveform = sound.audio(sample_rate=self.sample_rate, seconds=self.seconds)
-            return _non_empty(waveform), _pictures(clip, pictures, times, duration), short
+            waveform, frames, short, end = self._read(clip, sound, pictures, duration, draw)
+            there, truncated = self._settle(sound, pictures, duration, end)
+            if there < duration:
+                waveform, frames, short, _ = self._read(clip, sound, pictures, there, draw)
+            return _non_empty(waveform), frames, short, truncated
+
+    def _read(
+        self,
+        clip: Clip,
+        sound: MediaFile | None,
+        pictures: MediaFile | None,
+        duration: float,
+        draw: tuple[float, Sequence[float]],
+    ) -> tuple[Tensor | None, Tensor | None, bool, dict[str, float]]:
+        """Sound and pictures of one window, whether it is short, and up to where both had to be there."""
+        start, times, short = self._window(duration, draw)
+        waveform = None
+        if sound is not None:
+            waveform = sound.audio(sample_rate=self.sample_rate, start=start, seconds=self.seconds)
+        end = {"audio": min(start + self.seconds, duration), "video": max(times)}
+        return waveform, _pictures(clip, pictures, times, duration), short, end
+
+    def _settle(
+        self, sound: MediaFile | None, pictures: MediaFile | None, duration: float, end: dict[str, float]
+    ) -> tuple[float, tuple[str, ...]]:
+        """How long a clip is whose streams were read up to ``end``, and its truncated files."""
+        slack = (1 - _SHORT) * self.seconds
+
+        def ended(media: MediaFile | None, kind: str) -> bool:
+            return media is not None and media.ends.get(kind, np.inf) < end[kind] - slack
+
+        if not (ended(sound, "audio") or ended(pictures, "video")):
+            return duration, ()
+        files = {media.path: media for media in (sound, pictures) if media is not None}
+        there = {path: media.measure() for path, media in files.items()}
+        truncated = tuple(p for p, media in files.items() if max(there[p].values()) < media.info.duration - slack)
+        # The last picture stays until the file ends; a stream of sound without any is none
+        limits = [max(there[pictures.path].values())] if pictures is not None and pictures.info.has_video else []
+        if sound is not None and sound.info.has_audio:
+            limits.append(min(there[sound.path]["audio"], sound.ends.get("audio", np.inf)))
+        shortest = min((limit for limit in limits if limit > 0), default=duration)
+        return (shortest if shortest < duration - slack else duration), truncated
 
     def _remember(self, index: int) -> _Decoded:
         if index not in self._cached:
@@ -202,26 +251,74 @@ class ClipDataset(Dataset[Sample | Failure]):
             sound, pictures = _open(clip, stack)
             duration = _duration(sound, pictures)
             waveform = sound.audio(sample_rate=self.sample_rate) if sound is not None else None
-            rate = pictures.info.frame_rate if pictures is not None else 0.0
-            count = _CACHED_FRAMES if rate <= 0 else min(_CACHED_FRAMES, max(1, round(duration * rate)))
-            count = _STILLS if clip.frames_dir is not None else count
-            times = [duration * (i + 0.5) / count for i in range(count)]
-            frames = _pictures(clip, pictures, times, duration)
+            times, frames = _spread(clip, pictures, duration)
+            there, truncated = self._settle(sound, pictures, duration, {"audio": duration, "video": times[-1]})
+            if there < duration:
+                duration = there
+                times, frames = _spread(clip, pictures, duration)
         if frames is not None:
             size = int(_CACHED_SIZE * self.image_size)
             frames = resize_short_side(frames, size) if min(frames.shape[-2:]) > size else frames
             frames = frames.contiguous()
-        return _Decoded(_non_empty(waveform), frames, times, duration)
+        return _Decoded(_non_empty(waveform), frames, times, duration, truncated)
 
-    def _cut(self, clip: _Decoded, rng: np.random.Generator | None) -> tuple[Tensor | None, Tensor | None, bool]:
-        start, times, short = self._window(clip.duration, rng)
+    def _cut(self, clip: _Decoded, rng: np.random.Generator | None) -> _Cut:
+        start, times, short = self._window(clip.duration, self._draw(rng))
         waveform, frames = clip.waveform, clip.frames
         if waveform is not None:
             first, count = round(start * self.sample_rate), round(self.seconds * self.sample_rate)
-            waveform = waveform[first : first + count] if first < len(waveform) else waveform[:count]
+            waveform = _non_empty(waveform[first : first + count])
         if frames is not None:
             frames = frames[[int(np.argmin(np.abs(np.asarray(clip.times) - time))) for time in times]]
-        return waveform, frames, short
+        return waveform, frames, short, clip.truncated
+
+
+@dataclass(frozen=True)
+class Modalities:
+    """How many clips have what, as their files' headers say.
+
+    Attributes:
+        clips: in the list.
+        looked_at: those whose files were opened; evenly spaced where it is not all of them.
+        sound, pictures, both: of those.
+        unreadable: of those.
+    """
+
+    clips: int
+    looked_at: int
+    sound: int
+    pictures: int
+    both: int
+    unreadable: int
+
+    def __str__(self) -> str:
+        of = "clips" if self.looked_at == self.clips else f"of {self.clips} clips looked at"
+        text = f"{self.looked_at} {of}: {self.sound} with sound, {self.pictures} with pictures, {self.both} with both"
+        text += f", {self.unreadable} unreadable" if self.unreadable else ""
+        if bool(self.sound) != bool(self.pictures):
+            text += f"; {'sound' if self.sound else 'pictures'} alone: there is no pair to learn from"
+        return text
+
+
+def modalities(clips: Sequence[Clip], limit: int = 500, threads: int = 4) -> Modalities:
+    """Opens the files of at most ``limit`` clips, evenly spaced."""
+
+    def look(index: int) -> tuple[bool, bool] | None:
+        clip = clips[index]
+        try:
+            with ExitStack() as stack:
+                sound, pictures = _open(clip, stack)
+                seen = clip.frames_dir is not None or (pictures is not None and pictures.info.has_video)
+                return sound is not None and sound.info.has_audio, seen
+        except MediaError:
+            return None
+
+    count = min(len(clips), limit)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(look, [i * len(clips) // count for i in range(count)]))
+    good = [pair for pair in found if pair is not None]
+    sound, pictures = (sum(pair[i] for pair in good) for i in (0, 1))
+    return Modalities(len(clips), count, sound, pictures, sum(map(all, good)), count - len(good))
 
 
 def _open(clip: Clip, stack: ExitStack) -> tuple[MediaFile | None, MediaFile | None]:
@@ -246,6 +343,15 @@ def _pictures(clip: Clip, media: MediaFile | None, times: Sequence[float], durat
         share = [time / duration if duration > 0 else 0.5 for time in times]
         frames = torch.stack([_still(clip.frames_dir, clip.id, min(int(_STILLS * at), _STILLS - 1)) for at in share])
     return None if frames is None else frames.permute(0, 3, 1, 2)
+
+
+def _spread(clip: Clip, pictures: MediaFile | None, duration: float) -> tuple[list[float], Tensor | None]:
+    """Times of the frames that a cache keeps, and the frames."""
+    rate = pictures.info.frame_rate if pictures is not None else 0.0
+    count = _CACHED_FRAMES if rate <= 0 else min(_CACHED_FRAMES, max(1, round(duration * rate)))
+    count = _STILLS if clip.frames_dir is not None else count
+    times = [duration * (i + 0.5) / count for i in range(count)]
+    return times, _pictures(clip, pictures, times, duration)
 
 
 def _still(folder: str, name: str, number: int) -> Tensor:

@@ -61,9 +61,9 @@ def read_all(
             f"weights: expected one CSV for each of the {len(manifests)} manifests, got {len(weights_csv)}: "
             f"{','.join(weights_csv)}"
         )
-    weights = iter(weights_csv or [None] * len(manifests))
+    weights = iter(weights_csv)
     return merge(
-        [read_manifest(path, class_csv, next(weights)) if is_manifest(path) else read_folder(path) for path in paths]
+        [read_manifest(p, class_csv, next(weights, None)) if is_manifest(p) else read_folder(p) for p in paths]
     )
 
 
@@ -131,7 +131,8 @@ def _walk(root: str) -> tuple[list[str], Counter[str]]:
     files: list[str] = []
     skipped: Counter[str] = Counter()
     seen: set[str] = set()  # folders, and files that links lead to
-    folders, links = [""], []
+    folders: list[str] = [""]
+    links: list[str] = []
     while folders or links:
         relative = folders.pop() if folders else links.pop()
         place = os.path.join(root, relative)

@@ -8,6 +8,7 @@ container signals them.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from avfast.data import container
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -32,6 +35,7 @@ _PREROLL = 0.25  # seconds decoded ahead of a window, for codecs whose frames le
 _GAP = 0.05  # seconds by which timestamps may stray from the sample count before silence is put in
 _LONGEST_HOLE = 3600.0  # seconds of silence put in, before the timestamps must be wrong
 _NOTHING = np.zeros(0, dtype=np.float32)
+_WIDEST = 8.0  # a pixel more oblong than this is a damaged header
 _ROUNDING = 1e-3  # seconds: Matroska stores times in milliseconds
 
 
@@ -77,7 +81,13 @@ class MediaFile:
     """An open media file. Use it as a context manager, from one thread.
 
     Args:
-        path: of the file. Streams beyond the first of each kind are ignored.
+        path: of the file. Of several streams of a kind the one that players choose counts: marked as default, else the
+            first that is no commentary, cover or the like.
+
+    Attributes:
+        info: what the header says.
+        ends: {"audio" or "video": seconds} where a stream was found to end. A stream that was never read to its end is
+            not in it.
 
     Raises:
         MediaError: the file is missing, empty, no media file, or holds neither sound nor pictures.
@@ -89,6 +99,7 @@ class MediaFile:
         self.path = os.fspath(path)
         self._container: Any = None
         self._fresh = False
+        self.ends: dict[str, float] = {}
         self._open()
         try:
             self.info = self._probe()
@@ -144,8 +155,8 @@ class MediaFile:
         """The picture shown at each of ``times``: the last frame at or before it, or the first frame if none is.
 
         Returns:
-            (len(times), height, width, 3) uint8 RGB, rotated as the file asks; None without a video stream. Pixels are
-            taken as square.
+            (len(times), height, width, 3) uint8 RGB with square pixels, turned and mirrored as the file asks; None
+            without a video stream. All have the size of the first, whatever changes in the middle of the stream.
 
         Raises:
             MediaError: there is a stream but nothing of it decodes.
@@ -154,15 +165,15 @@ class MediaFile:
             return None
         order = sorted(range(len(times)), key=lambda i: times[i])
         targets = [times[i] for i in order]
-        shown = self._shown(targets, seek=bool(targets) and targets[0] > _SEEK_FROM)
+        shown = self._shown(targets, seek=bool(targets) and targets[0] > _SEEK_FROM and not self._reordered)
         if shown is None:
             shown = self._shown(targets, seek=False) or []
         pictures: dict[int, Tensor] = {}
-        size: dict[str, int] = {}
+        shape: tuple[int, int] | None = None
         for frame in shown:
             if id(frame) not in pictures:
-                size = size or {"width": frame.width, "height": frame.height}
-                pictures[id(frame)] = self._picture(frame, size)
+                pictures[id(frame)] = self._picture(frame, shape)
+                shape = shape or (pictures[id(frame)].shape[0], pictures[id(frame)].shape[1])
         out: list[Tensor | None] = [None] * len(times)
         for i, frame in zip(order, shown, strict=True):
             out[i] = pictures[id(frame)]
@@ -170,15 +181,38 @@ class MediaFile:
             torch.stack([picture for picture in out if picture is not None]) if out else torch.empty(0, 0, 0, 3).byte()
         )
 
-    def _picture(self, frame: Any, size: dict[str, int]) -> Tensor:
+    def measure(self) -> dict[str, float]:
+        """Seconds at which the last packet of each stream ends, by ``"audio"`` and ``"video"``. Nothing is decoded."""
         import av
 
+        self._rewind()
+        streams = {stream: kind for kind in ("audio", "video") if (stream := self._stream(kind)) is not None}
+        ends = dict.fromkeys(streams.values(), 0.0)
         try:
-            picture = frame.to_ndarray(format="rgb24", **size)
+            for packet in self._container.demux(list(streams)):
+                if packet.pts is not None and packet.time_base is not None:
+                    end = float((packet.pts + (packet.duration or 0)) * packet.time_base) - self._origin
+                    ends[streams[packet.stream]] = max(ends[streams[packet.stream]], end)
+        except av.FFmpegError:
+            pass  # a cut-off file: as far as it goes
+        return ends
+
+    def _picture(self, frame: Any, shape: tuple[int, int] | None) -> Tensor:
+        """RGB of (height, width) ``shape``, or of the frame's own."""
+        import av
+
+        matrix = container.display_matrix(frame)
+        lying = container.swaps_axes(matrix)
+        height, width = frame.height, frame.width
+        if shape is not None:
+            height, width = reversed(shape) if lying else shape
+        elif (ratio := float(self._video.sample_aspect_ratio or 1)) != 1 and 1 / _WIDEST <= ratio <= _WIDEST:
+            height, width = max(height, round(height / ratio)), max(width, round(width * ratio))
+        try:
+            picture = container.turned(frame.to_ndarray(format="rgb24", width=width, height=height), matrix)
         except (av.FFmpegError, ValueError) as error:
             raise MediaError(self.path, f"its pictures do not convert to RGB ({_reason(error)})") from None
-        # FFmpeg counts degrees counter-clockwise, as rot90 does
-        return torch.from_numpy(np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90))))
+        return torch.from_numpy(np.ascontiguousarray(picture))
 
     # -- opening ----------------------------------------------------------------------------------------------------
 
@@ -187,18 +221,22 @@ class MediaFile:
 
         self.close()
         try:
+            _check_regular(self.path)
             # An absolute path: FFmpeg would take "take:2.mp4" for a protocol named "take".
-            self._container = av.open(os.path.abspath(self.path), metadata_errors="ignore")
+            self._container = container.open_media(os.path.abspath(self.path))
         except (av.FFmpegError, OSError, ValueError) as error:
             raise MediaError(self.path, _reason(error)) from None
         self._fresh = True
-        pictures = [s for s in self._container.streams.video if not s.disposition & _attached_picture()]
-        self._video: VideoStream | None = pictures[0] if pictures else None
-        self._audio: AudioStream | None = next(iter(self._container.streams.audio), None)
+        self._video: VideoStream | None = container.chosen(self._container.streams.video)
+        self._audio: AudioStream | None = container.chosen(self._container.streams.audio)
         for stream in (self._video, self._audio):
             if stream is not None and stream.codec_context is not None:
                 stream.codec_context.thread_count = 1  # loader workers are the parallelism
         self._origin = max(self._container.start_time or 0, 0) / 1e6
+        # AVI has no presentation times, and FFmpeg's guesses are late and out of order where there are B-frames
+        self._reordered = "avi" in self._container.format.name and bool(
+            self._video and self._video.codec_context and self._video.codec_context.has_b_frames
+        )
 
     def _rewind(self) -> None:
         """Back to the beginning. Reopens, since seeking to 0 loses the first packets of some containers."""
@@ -215,7 +253,7 @@ class MediaFile:
                 raise MediaError(self.path, f"its {kind} codec is unknown")
         duration = (self._container.duration or 0) / 1e6
         return MediaInfo(
-            duration=duration if duration > 0 else self._scan_duration(),
+            duration=duration if duration > 0 else max(self.measure().values()),  # streamed: no header tells
             has_audio=audio is not None,
             has_video=video is not None,
             sample_rate=audio.codec_context.sample_rate if audio else 0,
@@ -224,19 +262,6 @@ class MediaFile:
             height=video.codec_context.height if video else 0,
             frame_rate=float(video.average_rate or 0) if video else 0.0,
         )
-
-    def _scan_duration(self) -> float:
-        """End of the last packet, for files that were streamed and never got a duration."""
-        import av
-
-        self._fresh, end = False, 0.0
-        try:
-            for packet in self._container.demux([s for s in (self._video, self._audio) if s is not None]):
-                if packet.pts is not None and packet.time_base is not None:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - self._origin)
-        except av.FFmpegError:
-            pass  # a cut-off file: as far as it goes
-        return end
 
     # -- decoding ---------------------------------------------------------------------------------------------------
 
@@ -261,7 +286,7 @@ class MediaFile:
 
         stream = self._stream(kind)
         packets = self._container.demux(stream)
-        expected = 0.0
+        expected, first = 0.0, None
         while True:
             packet = None
             try:
@@ -276,10 +301,16 @@ class MediaFile:
                 except (av.FFmpegError, OSError, ValueError):
                     frames = []
             for frame in frames:
-                time = expected if frame.time is None else frame.time - self._origin
+                if self._reordered and kind == "video" and frame.dts is not None:
+                    first = frame.dts if first is None else first
+                    time = float((frame.dts - first) * stream.time_base)
+                else:
+                    time = expected if frame.time is None else frame.time - self._origin
                 expected = time + _length(frame, stream)
                 yield time, frame
             if packet is None:
+                if expected:
+                    self.ends[kind] = expected
                 return
 
     def _audio_pieces(
@@ -314,7 +345,7 @@ class MediaFile:
         if not decoded:
             if seek:
                 return None
-            if problems or _promises_data(self._audio):
+            if problems or self._audio.frames or (self._audio.duration or 0) > 0:
                 raise MediaError(self.path, f"its sound does not decode ({problems[0] if problems else 'no data'})")
         try:
             return [
@@ -368,6 +399,7 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     from PIL import Image, ImageOps
 
     try:
+        _check_regular(path)
         with Image.open(path) as image:
             return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -380,10 +412,10 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
         return media.info
 
 
-def _attached_picture() -> Any:
-    from av.stream import Disposition
-
-    return Disposition.attached_pic
+def _check_regular(path: str | os.PathLike[str]) -> None:
+    """Named pipes and sockets are refused: reading one may wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise MediaError(os.fspath(path), "is no regular file")
 
 
 def _reason(error: Exception) -> str:
@@ -394,10 +426,6 @@ def _length(frame: Any, stream: Any) -> float:
     if hasattr(frame, "samples"):
         return frame.samples / frame.sample_rate
     return float(1 / (stream.average_rate or Fraction(25)))
-
-
-def _promises_data(stream: Any) -> bool:
-    return bool(stream.frames or (stream.duration or 0) > 0)
 
 
 def _mono(frame: Any) -> np.ndarray:

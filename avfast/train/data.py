@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
+from avfast.data.dataset import Modalities
 from avfast.data.manifest import is_manifest, read_all, read_manifest
 from avfast.train import parallel
 from avfast.train.config import Config, SettingError
@@ -52,6 +53,12 @@ def read(
     if weights_csv and len(weights_csv) != manifests:
         raise SettingError(f"--weights_csv: expected {manifests}, one CSV per manifest, got {len(weights_csv)}")
     return read_all(paths, class_csv, weights_csv, source=flag)
+
+
+def check_pairs(found: Modalities, contrasts: bool) -> None:
+    """Refuses to contrast sounds and pictures that belong to different clips; with one of them alone a run is said."""
+    if contrasts and found.sound and found.pictures and not found.both:
+        raise SettingError(f"--data: the model contrasts sound with pictures, and no clip has both ({found})")
 
 
 def share(clip_id: str) -> float:

@@ -49,7 +49,8 @@ class Log:
             return
         if self.bar is not None:
             self.bar.clear()
-        print(text, flush=True)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # file names need not be of it
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
     def progress(self, total: int) -> Callable[[Iterable[int]], Iterable[int]]:
         """What wraps a loop of ``total`` items in a bar on a terminal, and does nothing elsewhere."""

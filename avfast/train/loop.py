@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from avfast.data.clip_list import ClipList
 from avfast.data.clips import BadFiles, Batch, ClipDataset, StepBatches, make_loader
-from avfast.data.manifest import ClipList
+from avfast.data.dataset import modalities
 from avfast.distributed import world_size
 from avfast.train import checkpoint, data, parallel
 from avfast.train.config import Config, SettingError
@@ -39,6 +41,8 @@ def run(config: Config) -> dict[str, Any]:
         raise SettingError(f"no clips to train on: all {len(held_out)} were held out")
     clips = data.shuffled(train, config.seed) if config.shuffle_pairs else train
     trainer = Trainer(build_model(config, fresh=resumed is None).to(device), config, device)
+    found = parallel.first_only(lambda: modalities(train.clips))
+    data.check_pairs(found, bool(getattr(trainer.model, "contrastive_weight", 0)))
     bad = BadFiles(len(train) + len(held_out), config.max_bad_files)
     batches = StepBatches(
         len(clips),
@@ -64,6 +68,8 @@ def run(config: Config) -> dict[str, Any]:
     log = Log(out, total, start, config.tensorboard)
     try:
         introduce(trainer, train, held_out, log, total, start, out)
+        for line in dict.fromkeys((*train.notes, *held_out.notes, str(found))):
+            log.say(line)
         dataset = ClipDataset(
             clips,
             frontend=trainer.model.frontend,
@@ -83,7 +89,9 @@ def run(config: Config) -> dict[str, Any]:
             probe = Neighbours(config, held_out, trainer.model.frontend)
         speed = fit(trainer, clips, iter(loader), log, bad, out, start, total, per_epoch, probe)
         short = len(set().union(*parallel.gather(loader.short)))
-        return finish(trainer, train, held_out, log, bad, out, total, speed, short)
+        truncated = sorted(set().union(*parallel.gather(loader.truncated)))
+        files = {"short_clips": short, "truncated_files": truncated, "modalities": asdict(found)}
+        return finish(trainer, train, held_out, log, bad, out, total, speed, files)
     finally:
         log.close()
 

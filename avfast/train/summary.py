@@ -29,9 +29,9 @@ def finish(
     out: Path,
     total: int,
     speed: float | None,
-    short: int,
+    files: dict[str, Any],
 ) -> dict[str, Any]:
-    """Evaluation, pictures and summary.json."""
+    """Evaluation, pictures and summary.json; ``files`` is what is known of the training clips' files."""
     config, model = trainer.config, whole_model(trainer)
     summary: dict[str, Any] = {"retrieval": None, "probe": None, "neighbours": None, "notes": []}
     if config.evaluate:
@@ -42,7 +42,7 @@ def finish(
         "clips_per_second": speed,
         "steps": total,
         "clips": {"train": len(train), "held_out": len(held_out)},
-        "short_clips": short,
+        **files,
         "bad_files": bad.summary(),
         "model": config.model,
         "recipe": config.recipe,

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -155,7 +156,7 @@ def _fill_clips(work: Path, total: int, workers: int, progress: bool, name: str)
         subprocess.Popen(
             [sys.executable, "-m", f"{package.name}.write", str(work), str(worker), str(workers)],
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # its end tells them that we are gone
             stdout=log,
             stderr=log,
         )
@@ -177,9 +178,17 @@ def _fill_clips(work: Path, total: int, workers: int, progress: bool, name: str)
         for process in processes:
             if process.poll() is None:
                 process.terminate()
-            process.wait()
+            process.communicate()
         for log in logs:
             log.close()
+
+
+def _end_with_builder() -> None:
+    def watch() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(folder: str, worker: int, workers: int) -> None:
@@ -189,4 +198,5 @@ def _work(folder: str, worker: int, workers: int) -> None:
 
 
 if __name__ == "__main__":
+    _end_with_builder()
     _work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
