@@ -62,6 +62,8 @@ def write(
     pix_fmt: str | None = None,
     options: dict[str, str] | None = None,
     format: str | None = None,
+    aspect: Fraction | None = None,
+    b_frames: int | None = None,
 ) -> None:
     """Writes a file, by default two seconds of :func:`grey` and :func:`tone`.
 
@@ -71,6 +73,8 @@ def write(
         wave: (samples,) for all channels or (channels, samples).
         waves_at: instead of ``wave``, several (time, wave) with holes between them.
         options: of the muxer.
+        aspect: width of a pixel over its height.
+        b_frames: at most so many between two others.
     """
     video_codec, audio_codec, rate = codecs or CODECS[Path(path).suffix[1:]]
     file = path if hasattr(path, "write") else str(path)
@@ -83,6 +87,10 @@ def write(
             video.pix_fmt = pix_fmt or ("yuvj420p" if video_codec == "mjpeg" else "yuv420p")
             video.bit_rate = 400_000
             video.codec_context.time_base = Fraction(1, RATE if times is None else 1000)
+            if aspect is not None:
+                video.codec_context.sample_aspect_ratio = aspect
+            if b_frames is not None:
+                video.codec_context.max_b_frames = b_frames
         if audio_codec:
             audio = container.add_stream(audio_codec, rate=rate, layout=layout)
         if video is not None:
@@ -115,10 +123,14 @@ def write(
             container.mux(audio.encode(None))
 
 
-def rotate_header(path: Path, degrees: int) -> None:
-    """Rewrites the display matrix of the first track of an mp4: shown turned clockwise by ``degrees``."""
-    a, b = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    matrix = [a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30]
+def rotate_header(path: Path, degrees: int, mirrored: bool = False) -> None:
+    """Rewrites the display matrix of the first track of an mp4.
+
+    It is shown turned clockwise by ``degrees``, and then with left and right exchanged if ``mirrored``.
+    """
+    a, b = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    side = -1 if mirrored else 1
+    matrix = [side * a << 16, b << 16, 0, side * -b << 16, a << 16, 0, 0, 0, 1 << 30]
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4  # after the size and the name of the box
     at += 4 + 20 + 8 + 8  # version and flags; times, id, duration (32 bits); reserved; layer, group, volume, reserved

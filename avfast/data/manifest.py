@@ -15,6 +15,8 @@ from avfast.data.media import AUDIO_EXTENSIONS, MEDIA_EXTENSIONS
 
 __all__ = ["Clip", "ClipList", "merge", "read", "read_all", "read_folder", "read_manifest"]
 
+_AGAIN = "met before under another name"
+
 
 def read(data: str | os.PathLike[str], class_csv: str | None = None, weights_csv: str | None = None) -> ClipList:
     """A folder, a media file, a CAV-MAE JSON manifest, or several of them joined by commas; see :func:`read_all`.
@@ -139,7 +141,7 @@ def _walk(root: str) -> tuple[list[str], Counter[str]]:
         real = os.path.realpath(place)
         is_folder = os.path.isdir(place)
         if real in seen or (not is_folder and _is_listed(real) and os.path.dirname(real) in seen):
-            skipped["links to what was met before"] += 1
+            skipped[_AGAIN] += 1
             continue
         seen.add(real)
         if not is_folder:
@@ -159,7 +161,9 @@ def _walk(root: str) -> tuple[list[str], Counter[str]]:
             elif extension not in MEDIA_EXTENSIONS:
                 skipped[f"{extension} files" if extension else "files without extension"] += 1
             elif entry.is_file(follow_symlinks=False):
-                if os.path.join(real, entry.name) not in seen:
+                if os.path.join(real, entry.name) in seen:
+                    skipped[_AGAIN] += 1
+                else:
                     files.append(name)
             elif os.path.exists(entry.path) and not os.path.isfile(entry.path):
                 skipped["pipes, sockets or devices"] += 1
