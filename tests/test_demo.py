@@ -368,6 +368,19 @@ def test_a_killed_build_is_done_again(tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_writers_end_with_their_builder(tmp_path):
+    """Their end of a pipe tells them, however the builder ended."""
+    package = Path(demo_write.__file__).parent
+    for split in ("train", "test"):
+        demo_write.write_scenes(tmp_path / f"{split}.jsonl", sample(TINY, split, 0))
+    (tmp_path / "clips").mkdir()
+    command = [sys.executable, "-m", f"{package.name}.write", str(tmp_path), "0", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+    process.stdin.close()
+    assert process.wait(60) == 1 and len(list((tmp_path / "clips").iterdir())) < 500
+
+
 def test_builders_at_the_same_time_write_once(tmp_path, monkeypatch):
     write_clip, calls = demo_write.write_clip, []
     monkeypatch.setattr(demo_write, "write_clip", lambda scene, path: (calls.append(path), write_clip(scene, path)))

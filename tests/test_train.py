@@ -1,5 +1,6 @@
 """Runs on real media files, in this process or in others that are killed."""
 
+import io
 import json
 import shutil
 import signal
@@ -18,7 +19,7 @@ from avfast.data.demo import build
 from avfast.train import checkpoint, data, parallel
 from avfast.train.__main__ import main
 from avfast.train.config import SettingError
-from avfast.train.log import read_metrics
+from avfast.train.log import Log, read_metrics
 from avfast.train.loop import run
 from avfast.train.monitor import RunError
 from avfast.train.recipes import demo
@@ -239,6 +240,8 @@ def test_summary_pictures_and_evaluation_of_a_checkpoint(tmp_path, clips, capsys
     summary = run(replace(config, evaluate=True, pictures=2, tensorboard=True, neighbours_every=0.5))
     assert summary == json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["retrieval"]["gallery"] == 8 and summary["clips"] == {"train": 16, "held_out": 8}
+    found = {"clips": 16, "looked_at": 16, "sound": 16, "pictures": 16, "both": 16, "unreadable": 0}
+    assert summary["modalities"] == found and summary["truncated_files"] == []
     for direction in ("audio_to_visual", "visual_to_audio"):
         assert set(summary["retrieval"][direction]) == {"R@1", "R@5", "R@10", "MdR"}
         assert 0 <= summary["retrieval"][direction]["R@1"] <= summary["retrieval"][direction]["R@5"] <= 1
@@ -250,6 +253,7 @@ def test_summary_pictures_and_evaluation_of_a_checkpoint(tmp_path, clips, capsys
     for name in ("loss.png", "reconstruction.png"):
         assert (tmp_path / "run" / name).read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
+    assert "16 clips: 16 with sound, 16 with pictures, 16 with both\n" in printed
     assert "audio to visual" in printed and "nearest neighbour, accuracy: chance" in printed
 
     from avfast.train.evaluate import main as evaluate
@@ -374,6 +378,13 @@ def test_shuffled_pairs_never_match(clips):
     assert sorted(c.video_path for c in mixed.clips) == sorted(c.video_path for c in every.clips)
     assert all(c.audio_path != c.video_path for c in mixed.clips)
     assert all(c.video_path.endswith(f"{c.id}.mp4") for c in mixed.clips)
+
+
+def test_the_log_says_names_that_are_no_utf8(tmp_path, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    Log(tmp_path, 1, tensorboard=False).say("bad file caf\udce9, \u540d")
+    assert written.getvalue() == b"bad file caf\\udce9, \\u540d\n"
 
 
 def test_one_process_needs_no_group():
