@@ -208,7 +208,7 @@ def test_pixels_become_square(tmp_path: Path, aspect: tuple[int, int], shape: tu
 
 def test_a_pixel_of_absurd_shape_is_square(tmp_path: Path) -> None:
     path = tmp_path / "damaged.mkv"
-    write(path, codecs=("libx264", None, 0), seconds=0.3, aspect=Fraction(30000, 1))
+    write(path, codecs=("libx264", None, 0), seconds=0.3, aspect=Fraction(16, 1))
     assert read_frames(path, [0.1]).shape == (1, 48, 64, 3)
 
 
@@ -280,7 +280,7 @@ def test_avi_with_frames_out_of_order(tmp_path: Path, codec: str, sound: str) ->
 
 
 def test_any_pyav(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Since 19 its open knows no metadata_errors, before 14.1 its streams no disposition."""
+    """Since 19 its open knows no metadata_errors."""
     import av
 
     original = av.open
