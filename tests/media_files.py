@@ -7,8 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
+import pytest
+
+av = pytest.importorskip("av", reason="needs av to write media files")
 
 RATE = 10  # pictures per second unless told otherwise
 TONE = 440.0
