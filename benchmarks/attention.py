@@ -324,7 +324,7 @@ def measure(
         except Unavailable:
             continue
         except Exception as problem:  # a baseline that fails must not end the run
-            rows.append(replace(blank, variant=name, note=f"failed: {str(problem).splitlines()[0][:80]}"))
+            rows.append(replace(blank, variant=name, note=f"failed: {common.reason(problem)}"))
             continue
         if errors[name] <= bound:
             good[name] = variant
@@ -333,7 +333,8 @@ def measure(
     del want
     steps = {name: variant.phases() for name, variant in good.items()}
     if graph:
-        steps = {name: {"both": common.graphed(variant.both)} for name, variant in good.items()}
+        steps, failures = common.captured({name: variant.both for name, variant in good.items()})
+        rows += [replace(blank, variant=name, error=errors[name], note=why) for name, why in failures.items()]
     for name, timings in common.interleave(steps, device, rounds=rounds, budget=budget).items():
         for phase, timing in timings.items():
             rows.append(replace(blank, variant=name, phase=phase, error=errors[name]).timed(timing))

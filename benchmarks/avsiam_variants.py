@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from avfast.masking import Kept
 from avfast.models import AVSiam, Draws
@@ -58,6 +60,7 @@ class Variant(nn.Module):
     def __init__(self, model: AVSiam, draws: Draws, parts: Sequence[str] = ("contrastive", "reconstruction")) -> None:
         super().__init__()
         self.model, self.parts = model, tuple(parts)
+        self.recompute = False
         self.kept_a: Kept = draws.to(model.device).audio_keep
         self.kept_v: Kept = draws.to(model.device).visual_keep
         self.patches_a, self.patches_v = model.patch_embed_a.num_patches, model.patch_embed.num_patches
@@ -92,12 +95,18 @@ class Variant(nn.Module):
                 loss = loss + model.reconstruction_weight * term
         return loss
 
+    def block(self, *args: Any) -> Tensor:
+        """:func:`run_block`; with ``recompute`` set, what it keeps for the backward pass is its input alone."""
+        if self.recompute:
+            return checkpoint(run_block, *args, use_reentrant=False, preserve_rng_state=False)
+        return run_block(*args)
+
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Dense decoder blocks over all positions."""
         d = self.model.decoder
         x = x + torch.cat([d.pos_embed_a + d.modality_a, d.pos_embed_v + d.modality_v], 1)
         for block in d.blocks:
-            x = run_block(block, x, dense_attention, partial(set_norm, 0))
+            x = self.block(block, x, dense_attention, partial(set_norm, 0))
         x = d.norm(x)
         return d.pred_a(x[:, : self.patches_a]), d.pred_v(x[:, self.patches_a :])
 
@@ -124,8 +133,8 @@ class Padded(Variant):
         v = self.embed(visual, m.patch_embed, m.pos_embed)
         attend_a, attend_v = (partial(dense_attention, mask=keys) for keys in (self.keys_a, self.keys_v))
         for block in m.encoder.blocks:
-            a = run_block(block, a, attend_a, partial(set_norm, 0))
-            v = run_block(block, v, attend_v, partial(set_norm, 1))
+            a = self.block(block, a, attend_a, partial(set_norm, 0))
+            v = self.block(block, v, attend_v, partial(set_norm, 1))
         return set_norm(0, m.encoder.norm, a), set_norm(1, m.encoder.norm, v)
 
     def pooled(self, a, v):
@@ -135,7 +144,7 @@ class Padded(Variant):
     def decoder_input(self, a, v):
         x = torch.cat([a, v], 1)
         for block in self.model.fusion:
-            x = run_block(block, x, partial(dense_attention, mask=self.keys), partial(set_norm, 0))
+            x = self.block(block, x, partial(dense_attention, mask=self.keys), partial(set_norm, 0))
         d = self.model.decoder
         return torch.where(self.keys[..., None], d.embed(x), d.mask_token)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import hashlib
 import math
 import os
 import platform
@@ -16,16 +17,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from memory import MIB
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 OURS = "avfast"
 HALF_LIMIT, FLOAT_LIMIT = 0.005, 1e-5
+CYCLES = 2e9  # per second of waiting on a GPU, about its clock
 
 
 @dataclass(frozen=True)
@@ -132,16 +135,38 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """Short commit, with a + when the measured sources differ from it; AVFAST_COMMIT where there is no repository."""
-    run = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True}
+    """Short commit, with a + when the measured sources differ from it; without a repository :func:`without_commit`."""
+    run = {"cwd": ROOT, "capture_output": True, "text": True}
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run)
+        head = subprocess.run(["git", "rev-parse", "--show-toplevel", "--short", "HEAD"], **run)
         status = subprocess.run(["git", "status", "--porcelain", "--", "avfast", "kernels", "benchmarks/*.py"], **run)
     except OSError:
-        return os.environ.get("AVFAST_COMMIT", "unknown")
-    if head.returncode:
-        return os.environ.get("AVFAST_COMMIT", "unknown")
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+        return without_commit()
+    found = head.stdout.split()
+    # A copy of the sources inside somebody else's repository has no commit of its own.
+    if head.returncode or Path(found[0]) != ROOT:
+        return without_commit()
+    return found[-1] + ("+" if status.stdout.strip() else "")
+
+
+def without_commit() -> str:
+    """AVFAST_COMMIT, or a name made of the sources themselves, the same for the same sources anywhere."""
+    return os.environ.get("AVFAST_COMMIT") or f"tree-{sources()}"
+
+
+@cache
+def sources() -> str:
+    """A hash of what is measured and what measures it."""
+    digest = hashlib.sha256()
+    files = [path for folder in ("avfast", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(ROOT).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def reason(problem: BaseException) -> str:
+    """The first line of an error, for a note."""
+    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:100]
 
 
 # Timing.
@@ -196,10 +221,19 @@ def _host_phases(phases: Phases) -> dict[str, float]:
 
 def _cuda_phases(device: torch.device) -> Callable[[Phases], dict[str, float]]:
     flush = torch.empty(256 * MIB, dtype=torch.int8, device=device)
+    ahead: dict[int, float] = {}
 
     def clock(phases: Phases) -> dict[str, float]:
+        if id(phases) not in ahead:
+            start = time.perf_counter()
+            for run in phases.values():
+                run()
+            ahead[id(phases)] = min(2 * (time.perf_counter() - start), 0.1)
+            torch.cuda.synchronize(device)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(phases) + 1)]
         flush.zero_()
+        # The device waits while the host launches everything; without, the times would hold the host's own.
+        torch.cuda._sleep(int(ahead[id(phases)] * CYCLES))
         events[0].record()
         for run, event in zip(phases.values(), events[1:], strict=True):
             run()
@@ -211,8 +245,8 @@ def _cuda_phases(device: torch.device) -> Callable[[Phases], dict[str, float]]:
     return clock
 
 
-def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """``run`` captured in a CUDA graph; the result replays it.
+def graphed(run: Callable[[], object], times: int = 1) -> Callable[[], object]:
+    """``run``, so many times, captured in a CUDA graph; the result replays it.
 
     All graphs share one memory pool, so many large steps fit; what a replay computes lasts until the next one.
     """
@@ -224,8 +258,22 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_graph_pool()):
-        run()
+        for _ in range(times):
+            run()
     return graph.replay
+
+
+def captured(runs: Mapping[str, Callable[[], object]]) -> tuple[dict[str, Phases], dict[str, str]]:
+    """What :func:`interleave` takes, a graph of each run; and, by name, why the others could not be captured."""
+    graphs: dict[str, Phases] = {}
+    failures: dict[str, str] = {}
+    for name, run in runs.items():
+        try:
+            graphs[name] = {"both": graphed(run)}
+        except Exception as problem:  # one capture that fails must not end the run
+            failures[name] = f"no graph: {reason(problem)}"
+            _graph_pool.cache_clear()  # the pool of a broken capture takes no other
+    return graphs, failures
 
 
 @cache
@@ -244,16 +292,33 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of a large square matrix product on random data."""
-    # A CPU without half-precision units takes seconds for a large product in half precision.
-    n = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / _median_of(lambda: a @ b, device)
+    """FLOP per second of matrix products on random data: the most of several shapes, as none is best everywhere."""
+    return max(matmul_rates(device, dtype).values())
+
+
+def matmul_rates(device: torch.device, dtype: torch.dtype, budget: float = 3.0) -> dict[str, float]:
+    """FLOP per second by shape, ``batch x rows x inner x columns``; no new shape once ``budget`` seconds are over."""
+    rates: dict[str, float] = {}
+    start = time.perf_counter()
+    for batch, m, k, n in PRODUCTS[device.type == "cuda"]:
+        # A CPU without half-precision units takes seconds for a large product in half precision.
+        if rates and time.perf_counter() - start > budget:
+            break
+        a, b = torch.randn(batch, m, k, device=device).to(dtype), torch.randn(batch, k, n, device=device).to(dtype)
+        rates[f"{batch}x{m}x{k}x{n}"] = 2 * batch * m * k * n / _median_of(partial(torch.matmul, a, b), device)
+    return rates
+
+
+# Small ones first; (batch, rows, inner, columns), on the CPU and on CUDA: squares, ViT-B's layers, attention's products.
+PRODUCTS = (
+    ((1, 256, 256, 256), (1, 512, 512, 512), (12, 392, 64, 392), (1, 1024, 1024, 1024), (1, 1568, 768, 3072)),
+    ((192, 512, 64, 512), (1, 4096, 4096, 4096), (1, 16384, 768, 3072), (1, 16384, 3072, 768), (1, 8192, 8192, 8192)),
+)
 
 
 def _median_of(run: Callable[[], object], device: torch.device) -> float:
     run()
-    return interleave({"it": {"run": run}}, device, rounds=7, budget=2.0)["it"]["run"].median
+    return interleave({"it": {"run": run}}, device, rounds=7, budget=0.5)["it"]["run"].median
 
 
 # The gate.
