@@ -24,6 +24,11 @@ import torch
 from memory import MIB
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # not on Windows
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 OURS = "avfast"
@@ -296,7 +301,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return max(matmul_rates(device, dtype).values())
 
 
-def matmul_rates(device: torch.device, dtype: torch.dtype, budget: float = 3.0) -> dict[str, float]:
+def matmul_rates(device: torch.device, dtype: torch.dtype, budget: float = 1.0) -> dict[str, float]:
     """FLOP per second by shape, ``batch x rows x inner x columns``; no new shape once ``budget`` seconds are over."""
     rates: dict[str, float] = {}
     start = time.perf_counter()
@@ -318,7 +323,7 @@ PRODUCTS = (
 
 def _median_of(run: Callable[[], object], device: torch.device) -> float:
     run()
-    return interleave({"it": {"run": run}}, device, rounds=7, budget=0.5)["it"]["run"].median
+    return interleave({"it": {"run": run}}, device, rounds=7, budget=0.2)["it"]["run"].median
 
 
 # The gate.
@@ -361,11 +366,12 @@ def with_ratios(rows: list[Row]) -> list[Row]:
 def append_rows(path: Path, rows: Iterable[Row], machine: Machine) -> None:
     """Adds rows to a CSV file, which is made with its header if need be."""
     columns = [f.name for f in fields(Row)] + [f.name for f in fields(Machine)]
-    new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
+        if fcntl is not None:  # several processes may write one file
+            fcntl.flock(file, fcntl.LOCK_EX)
         writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
+        if file.seek(0, os.SEEK_END) == 0:
             writer.writeheader()
         for row in rows:
             values = {**asdict(row), **asdict(machine)}
@@ -380,7 +386,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         ("phase", lambda r: r.phase),
         ("variant", lambda r: r.variant),
         ("ms", lambda r: "-" if r.median_ms is None else f"{r.median_ms:.4g}"),
-        ("20-80 %", lambda r: "" if r.median_ms is None else f"{r.p20_ms:.4g}-{r.p80_ms:.4g}"),
+        ("20-80 %", lambda r: "" if r.p20_ms is None else f"{r.p20_ms:.4g}-{r.p80_ms:.4g}"),
         ("ratio", lambda r: "" if r.ratio is None else f"{r.ratio:.2f}"),
         ("ideal", lambda r: "" if r.ideal is None else f"{r.ideal:.2f}"),
         ("clips/s", lambda r: "" if r.clips_per_s is None else f"{r.clips_per_s:.3g}"),
@@ -424,6 +430,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parse.add_argument("--threads", type=int, help="CPU threads")
     parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parse.add_argument("--rounds", type=int, help="timed rounds per case")
+    parse.add_argument("--no-memory", action="store_true", help="on the CPU: no processes that measure memory")
     parse.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parse
 
