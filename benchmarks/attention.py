@@ -410,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             new = [replace(row, **refused) if row.variant == OURS else row for row in new]
         rows += common.report("attention", new, machine, args.csv)
         del variants
-    return common.finish("attention", rows, machine, args.csv)
+    return common.finish("attention", rows, machine, args.csv, not args.bare)
 
 
 def _runs_on_cpu(name: str) -> bool:

@@ -216,8 +216,8 @@ def compare(setting: Setting, bench: Bench, floors: common.Floors, memory: dict[
                 step.module.zero_grad(set_to_none=True)
                 graphs, failures = common.captured({mode: step.both})
                 rows += [replace(row, launch=mode, note=why) for why in failures.values()]
-                good |= {(name, mode): phases for phases in graphs.values()}
-                errors[name, mode] = errors[name, launch]
+                for phases in graphs.values():
+                    good[name, mode], errors[name, mode] = phases, errors[name, launch]
         except Exception as problem:  # one schedule that fails must not end the run
             rows.append(replace(row, note=f"failed: {common.reason(problem)}"))
     labels = {f"{name}/{launch}": (name, launch) for name, launch in good}
@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             new = compare(setting, schedules(setting, case), floors, memory)
         rows += common.report("avsiam", new, machine, args.csv)
-    return common.finish("avsiam", rows, machine, args.csv)
+    return common.finish("avsiam", rows, machine, args.csv, not args.bare)
 
 
 def _tiny(setting: Setting, quick: bool) -> Setting:

@@ -1,6 +1,8 @@
 """What a device reaches at its best: a large copy, and matrix products of several shapes; the largest is the ceiling.
 
     python benchmarks/ceilings.py [--dtypes bfloat16,float32]
+
+The rest of the benchmarks counts on the same figures.
 """
 
 from __future__ import annotations

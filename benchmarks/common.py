@@ -314,7 +314,7 @@ def matmul_rates(device: torch.device, dtype: torch.dtype, budget: float = 1.0) 
     return rates
 
 
-# Small ones first; (batch, rows, inner, columns), on the CPU and on CUDA: squares, ViT-B's layers, attention's products.
+# (batch, rows, inner, columns) on the CPU and on CUDA, small ones first: squares, layers of ViT-B, attention.
 PRODUCTS = (
     ((1, 256, 256, 256), (1, 512, 512, 512), (12, 392, 64, 392), (1, 1024, 1024, 1024), (1, 1568, 768, 3072)),
     ((192, 512, 64, 512), (1, 4096, 4096, 4096), (1, 16384, 768, 3072), (1, 16384, 3072, 768), (1, 8192, 8192, 8192)),
@@ -430,7 +430,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parse.add_argument("--threads", type=int, help="CPU threads")
     parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parse.add_argument("--rounds", type=int, help="timed rounds per case")
-    parse.add_argument("--no-memory", action="store_true", help="on the CPU: no processes that measure memory")
+    parse.add_argument("--bare", action="store_true", help="no picture, on the CPU no memory")
     parse.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parse
 
@@ -496,11 +496,11 @@ def results_file(name: str, machine: Machine, csv_path: str | None) -> Path:
     return Path(csv_path) if csv_path else RESULTS / machine.device / f"{name}.csv"
 
 
-def finish(name: str, rows: list[Row], machine: Machine, csv_path: str | None) -> int:
+def finish(name: str, rows: list[Row], machine: Machine, csv_path: str | None, picture: bool = True) -> int:
     """Prints the summary and draws the picture; the exit code is 1 if the gate refused one of ours."""
     print()
     print_speedups(rows)
-    if csv_path != "-":
+    if csv_path != "-" and picture:
         from plot import plot
 
         path = results_file(name, machine, csv_path)

@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += common.report("deepavfusion", new, machine, args.csv)
     print()
     table(rows)
-    return common.finish("deepavfusion", rows, machine, args.csv)
+    return common.finish("deepavfusion", rows, machine, args.csv, not args.bare)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ step      training steps of AVSiam-base and DeepAVFusion-base: eager, as a graph
 models    quick rows of every benchmark
 
 It needs torch, triton, timm, numpy, pytest and hypothesis. DIR (results/<device> unless given) gets rows as `*.csv`,
-`round.log`, and `round.md`, which is printed at the end. The same command again goes on where the last one stopped: what
+`round.log` and `round.md`, which is printed at the end. The same command again goes on where the last one stopped: what
 passed is not repeated, unless the sources changed or --again is given. Lines of UNTESTED.md whose command passed are
 struck. --dry runs everything on a CPU with tiny shapes, to see that it would run.
 """
@@ -71,7 +71,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Part:
-    """``seconds`` of a round of nine minutes, ``least`` it takes to say anything; ``parallel`` jobs share the device."""
+    """``seconds`` of a round of nine minutes, ``least`` to say anything at all; ``parallel`` jobs share the device."""
 
     name: str
     seconds: float
@@ -95,7 +95,8 @@ class Round:
                 self.state = before
         import numpy
 
-        self.state |= {"sources": common.sources(), "machine": vars(self.machine), "numpy": numpy.__version__}
+        machine = vars(self.machine) | {"numpy": numpy.__version__}
+        self.state |= {"sources": common.sources(), "machine": machine}
         self.log: IO[str] = (out / "round.log").open("a")
 
     def save(self) -> None:
@@ -261,7 +262,7 @@ def models(run: Round) -> list[Job]:
             "avsiam": "--cases tiny --depth 1 --variants avfast,padded",
             "deepavfusion": "--cases none --size tiny --tokens masked",
         }
-        options = {name: f"{text} --quick --no-memory --rounds 3 {CPU}" for name, text in options.items()}
+        options = {name: f"{text} --quick --bare --rounds 3 {CPU}" for name, text in options.items()}
     else:
         options = {
             "attention": "--quick --graph --cases n49,n196,n392,mix-0-50,decoder-708 --variants 'avfast,dense*,varlen'",
@@ -283,11 +284,12 @@ PARTS = (
 
 
 def shares(parts: Sequence[Part], end: float) -> Iterator[tuple[Part, float]]:
-    """Each part with its seconds: its share of what is left, at least what it needs, never more than there is."""
+    """Each part with its seconds: the least it needs and its share of what nobody needs, never more than there is."""
     for i, part in enumerate(parts):
-        left = end - time.monotonic()
-        share = left * part.seconds / sum(later.seconds for later in parts[i:])
-        yield part, max(0.0, min(left, max(share, part.least)))
+        left = max(0.0, end - time.monotonic())
+        spare = max(0.0, left - sum(later.least for later in parts[i:]))
+        share = spare * part.seconds / sum(later.seconds for later in parts[i:])
+        yield part, min(left, part.least + share)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

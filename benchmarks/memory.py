@@ -72,7 +72,7 @@ Memory = dict[str, tuple[float, float]]
 
 def memory_in_subprocess(script: str, arguments: Sequence[str], variant: str) -> Memory:
     """``{"case dtype": (peak MiB, saved MiB)}`` of one variant, measured in a fresh process of the same script."""
-    if "--no-memory" in arguments:
+    if "--bare" in arguments:
         return {}
     # A fixed threshold gives freed tensors back to the system; otherwise they would hide in the baseline.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

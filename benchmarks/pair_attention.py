@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     new[i] = replace(new[i], peak_mib=found[0], saved_mib=found[1])
             rows += common.report("pair_attention", new, machine, args.csv)
             del variants
-    return common.finish("pair_attention", rows, machine, args.csv)
+    return common.finish("pair_attention", rows, machine, args.csv, not args.bare)
 
 
 if __name__ == "__main__":

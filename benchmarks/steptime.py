@@ -2,9 +2,9 @@
 
     python benchmarks/steptime.py [--model avsiam_base] [--launch eager,graph,compile,compile+graph] [--clips 96]
 
-The step is the trainer's own, front end, draws and optimiser included. `median_ms` is the mean wall clock of a step; `tflops` and
-`matmul_share` are the FLOPs the model asks for over it. The note says how long the host took to launch a step, how busy
-the device was, how many times the host waited for the device and where, and what the device spent most time on.
+The step is the trainer's own, front end, draws and optimiser included. `median_ms` is the mean wall clock of a step;
+`tflops` and `matmul_share` are the FLOPs the model asks for over it. The note says how long the host took to launch a
+step, how busy the device was, and how often the host waited for it and where. The ten longest kernels follow.
 """
 
 from __future__ import annotations

@@ -23,9 +23,8 @@ import attention
 import common
 import torch
 from attention_cases import Case, all_cases
-from common import OURS, Row
-
 from avfast.kernels import packed_attention as kernels
+from common import OURS, Row
 
 DTYPES = attention.DTYPES
 CASES = "n49,n98,n196,n392,n512,n1568,mix-0-50,decoder-708"

@@ -1,4 +1,4 @@
-"""`python tests/without.py av,sklearn ARGUMENTS`: pytest where these packages cannot be found, as if never installed."""
+"""`python tests/without.py av,sklearn ARGUMENTS`: pytest where these packages are not found, as if never installed."""
 
 from __future__ import annotations
 
