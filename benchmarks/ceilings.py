@@ -14,6 +14,7 @@ from dataclasses import replace
 import common
 import torch
 from common import Row
+from machine import Machine
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse.parse_args(argv)
     device = common.begin(args)
     hidden = [] if device.type == "cuda" else ["float16"]
-    machine = common.Machine.here(device)
+    machine = Machine.here(device)
     found = rows(device, common.chosen(DTYPES, args.dtypes, hidden), 0.5 if args.quick else 5.0)
     common.report("ceilings", found, machine, args.csv)
     return 0

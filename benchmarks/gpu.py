@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +39,7 @@ START = time.monotonic()
 import common  # noqa: E402
 import gpu_report  # noqa: E402
 import torch  # noqa: E402
+from machine import Machine, sources  # noqa: E402
 
 BENCHMARKS = Path(__file__).resolve().parent
 UNTESTED = BENCHMARKS / "results" / "UNTESTED.md"
@@ -55,7 +56,6 @@ class Job:
 
     command: str
     extra: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
     tests: tuple[str, ...] = ()
 
     @property
@@ -86,17 +86,17 @@ class Round:
     def __init__(self, out: Path, dry: bool, again: bool, workers: int) -> None:
         self.out, self.dry, self.workers = out, dry, workers
         out.mkdir(parents=True, exist_ok=True)
-        self.machine = common.Machine.here(torch.device("cpu" if dry else "cuda"))
+        self.machine = Machine.here(torch.device("cpu" if dry else "cuda"))
         self.file = out / "round.json"
         self.state: dict[str, Any] = {"jobs": {}, "tests": {}, "parts": {}}
         if self.file.exists() and not again:
             before = json.loads(self.file.read_text())
-            if before["sources"] == common.sources():
+            if before["sources"] == sources():
                 self.state = before
         import numpy
 
         machine = vars(self.machine) | {"numpy": numpy.__version__}
-        self.state |= {"sources": common.sources(), "machine": machine}
+        self.state |= {"sources": sources(), "machine": machine}
         self.log: IO[str] = (out / "round.log").open("a")
 
     def save(self) -> None:
@@ -144,7 +144,12 @@ class Round:
                 break
             time.sleep(0.05)
         for job in waiting:
-            self.state["jobs"][job.key] = {"part": part.name, "status": "no time left", "tail": ""}
+            self.state["jobs"][job.key] = {
+                "part": part.name,
+                "command": job.command,
+                "status": "no time left",
+                "tail": "",
+            }
         status = [self.state["jobs"][job.key]["status"] for job in jobs]
         passed, taken = status.count("passed"), time.monotonic() - begin
         self.state["parts"][part.name] = {"seconds": taken, "passed": passed, "jobs": len(jobs), "note": ""}
@@ -155,7 +160,8 @@ class Round:
         job, (text, status) = process.job, process.result()
         self.log.write(f"\n$ {shlex.join(process.command)}\n{text}\n")
         tail = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-        self.state["jobs"][job.key] = {"part": process.part, "status": status, "tail": tail[:200]}
+        entry = {"part": process.part, "command": job.command, "status": status, "tail": tail[:200]}
+        self.state["jobs"][job.key] = entry
         self.state["tests"] |= gpu_report.test_results(text, job.tests, ended=status in ("passed", "exit code 1"))
         self.say(f"  {status}, {process.seconds():.0f} s: {job.command[:100]}")
         self.save()
@@ -168,7 +174,7 @@ class Running:
         self.part, self.job, self.output, self.command = part, job, output, job.arguments(seconds)
         self.begin, self.end, self.late = time.monotonic(), time.monotonic() + seconds, False
         path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "1000", "PYTHONUNBUFFERED": "1"} | job.environment
+        environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "1000", "PYTHONUNBUFFERED": "1"}
         with output.open("w") as file:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, cwd=BENCHMARKS.parent,
@@ -212,7 +218,10 @@ def smoke(run: Round) -> list[Job]:
 
 
 def tests(run: Round) -> list[Job]:
-    """Pieces of one file each, as neighbours share kernels to compile; the largest files start first."""
+    """Pieces of one file each, as neighbours share kernels to compile; the largest files start first.
+
+    Beside them the steps are compiled, in one process for the sake of memory: the compiler's cache has them later.
+    """
     where = ["tests/test_patch_embed_kept.py"] if run.dry else ["tests"]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *where]
     done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, timeout=120)
@@ -230,6 +239,9 @@ def tests(run: Round) -> list[Job]:
         for file, names in sorted(files.items(), key=lambda item: -len(item[1]))
         for i in range(0, len(names), size)
     ]
+    if not run.dry:
+        models = ",".join(STEPS)
+        pieces.insert(0, Job(f"python benchmarks/steptime.py --model {models} --launch compile --rounds 1 --csv -"))
     return pieces
 
 
@@ -237,9 +249,7 @@ def kernels(run: Round) -> list[Job]:
     rows = run.rows("tiles")
     if not run.dry:
         return [Job("python benchmarks/tiles.py", (*rows, "--seconds", "{seconds}"))]
-    options = f"{CPU} --cases tiny --tokens 1 --dtypes float16 --rounds 3"
-    interpreter = {"TRITON_INTERPRET": "1", "AVFAST_BACKEND": "triton"}
-    return [Job(f"python benchmarks/tiles.py {options}", rows, interpreter)]
+    return [Job(f"python benchmarks/tiles.py {CPU} --cases tiny --tokens 1 --rounds 3", rows)]
 
 
 def step(run: Round) -> list[Job]:
@@ -305,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parse.error("no CUDA device; --dry runs the round on a CPU with tiny shapes")
     names = common.chosen([part.name for part in PARTS], args.only)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    device = common.Machine.here(torch.device("cpu" if args.dry else "cuda")).device
+    device = Machine.here(torch.device("cpu" if args.dry else "cuda")).device
     out = args.out or BENCHMARKS / "results" / (f"{device}-dry" if args.dry else device)
     run = Round(out.resolve(), args.dry, args.again, workers=min(14, cores))
     run.say(f"{run.machine.device}, {run.machine.commit}, Python {platform.python_version()}, {cores} cores -> {out}")

@@ -125,9 +125,11 @@ def first(state: State, rows: Mapping[str, list[Cells]]) -> list[str]:
         if fate.startswith("failed"):
             failures.setdefault(name.split("::")[0], []).append(f"`{name}` {fate}")
     found += [f"{len(names)} tests of {file} failed, first {names[0]}" for file, names in failures.items()]
-    for key, job in state["jobs"].items():
-        if job["status"] != "passed" and job["part"] not in ("tests", "smoke"):
-            found.append(f"{job['status']}: `{key[:100]}`: {job['tail'][:120]}")
+    for job in state["jobs"].values():
+        # What a kernel or test has said itself is above; a process that was ended or crashed says nothing.
+        told = job["status"] == "exit code 1" and job["command"].startswith(("pytest", "python benchmarks/smoke.py"))
+        if job["status"] != "passed" and not told:
+            found.append(f"{job['status']}: `{job['command'][:100]}`: {job['tail'][:120]}")
     for name in ("tiles", "steps", "attention", "pair_attention", "avsiam", "deepavfusion"):
         notes = [row for row in rows.get(name, []) if re.match("REFUSED|FAILED|failed|no graph", row["note"])]
         found += [f"{name}, {row['case']}, {row['variant']} {row['launch']}: {row['note'][:120]}" for row in notes[:4]]

@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import common
 import torch
 import torch.nn.functional as F
 from common import OURS, Row
+from machine import Machine
 from torch import Tensor
 
 from avfast import ops
@@ -163,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [check(problem) for problem in problems if problem.name in wanted]
     common.print_rows(rows)
     if args.csv != "-":
-        common.append_rows(common.Path(args.csv), rows, common.Machine.here(device))
+        common.append_rows(Path(args.csv), rows, Machine.here(device))
     return int(any(row.note for row in rows))
 
 

@@ -10,6 +10,7 @@ step, how busy the device was, and how often the host waited for it and where. T
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import statistics
 import sys
@@ -176,7 +177,7 @@ def useful(name: str, clips: int, device: torch.device) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parse = common.parser(__doc__.splitlines()[0])
-    parse.add_argument("--model", default="avsiam_base", help="a name of `python -m avfast.models`")
+    parse.add_argument("--model", default="avsiam_base", help="comma-separated names of `python -m avfast.models`")
     parse.add_argument("--launch", default="eager,graph,compile+graph", help=f"comma-separated, of {LAUNCHES}")
     parse.add_argument("--clips", type=int, help="default 96; 4 on the CPU")
     args = parse.parse_args(argv)
@@ -184,9 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = device.type == "cuda"
     machine, floors = common.header(device, [torch.bfloat16 if on_gpu else torch.float32])
     rows: list[Row] = []
-    for launch in common.chosen(LAUNCHES, args.launch):
+    for name, launch in itertools.product(args.model.split(","), common.chosen(LAUNCHES, args.launch)):
         clips = args.clips or (96 if on_gpu else 4)
-        new = measure(args.model, clips, launch, device, args.rounds or (8 if on_gpu else 3), floors)
+        new = measure(name, clips, launch, device, args.rounds or (8 if on_gpu else 3), floors)
         rows += common.report("steps", new, machine, args.csv)
         if on_gpu:
             torch.cuda.empty_cache()

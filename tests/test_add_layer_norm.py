@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from compiled import compile_for_hopper
-from helpers import assert_close
+from helpers import assert_close, interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -86,6 +86,7 @@ def test_many_rows_are_added_up_over_many_partial_sums():
     check(operator, random_inputs(sizes, 8, torch.float32), sizes, 1e-5)
 
 
+@interpreter
 @pytest.mark.skipif(INTERPRETED, reason="is the run itself")
 def test_the_kernels_under_the_interpreter():
     pytest.importorskip("triton")

@@ -24,7 +24,7 @@ def scripts(monkeypatch):
     import memory
 
     yield {"attention": attention, "avsiam": avsiam, "common": common, "memory": memory}
-    for name in ("attention", "attention_cases", "avsiam", "avsiam_variants", "common", "memory", "plot"):
+    for name in ("attention", "attention_cases", "avsiam", "avsiam_variants", "common", "machine", "memory", "plot"):
         sys.modules.pop(name, None)
 
 

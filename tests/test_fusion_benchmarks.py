@@ -27,7 +27,7 @@ def scripts(monkeypatch):
     for script in found.values():
         monkeypatch.setattr(script, "memory_in_subprocess", lambda *args: {})
     yield found
-    for name in (*SCRIPTS, "common", "memory", "plot", "materialised"):
+    for name in (*SCRIPTS, "common", "machine", "memory", "plot", "materialised"):
         sys.modules.pop(name, None)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_contract import HALVES, assert_right, draw, outcome
-from helpers import assert_close
+from helpers import assert_close, interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -250,6 +250,7 @@ def test_interpreted_kernels_on_packed_qkv():
     assert_close("gradient", grad, want_grad, 1e-5)
 
 
+@interpreter
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, relative_error
+from helpers import assert_close, interpreter, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_cases import CASES, HALVES, NAMES, Problem, assert_identical, assert_right, case, draw, ours, outcome
@@ -326,6 +326,7 @@ def test_interpreted_kernels_name_what_they_do_not_take():
         pair_attention(*draw(1, 1, 2, 3, 3, 24, 16, torch.float32).tensors)
 
 
+@interpreter
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled import compile_for_hopper
-from helpers import assert_close
+from helpers import assert_close, interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,6 +78,7 @@ def test_the_operator_in_float32(shape, patch):
             check(operator, images, patch, rows, 1e-5)
 
 
+@interpreter
 @pytest.mark.skipif(INTERPRETED, reason="is the run itself")
 def test_the_kernel_under_the_interpreter():
     pytest.importorskip("triton")
