@@ -10,14 +10,17 @@ processes as there are cores.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import attention
 import common
@@ -28,6 +31,11 @@ from machine import Machine
 
 from avfast.kernels import packed_attention as kernels
 
+try:
+    from avfast.kernels import work_lists as work
+except ImportError:
+    work = None  # no table of tiles to choose from
+
 DTYPES = attention.DTYPES
 CASES = "n49,n98,n196,n392,n512,n1568,mix-0-50,decoder-708"
 BASELINES = ("varlen", "flash_attn", "flash_attn_4", "dense_cudnn")  # varlen is FlashAttention-2, as PyTorch brings it
@@ -36,35 +44,49 @@ LAUNCHES = 10  # in one graph
 
 @dataclass(frozen=True)
 class Choice:
-    """One kernel of one length class with another tile."""
+    """One kernel of one length class with another tile; None: the class does without this kernel."""
 
     kernel: str
     size: str
-    tile: object
+    tile: Any
 
     def __str__(self) -> str:
         return f"{OURS} {self.kernel} {self.size} {self.tile}".replace("Tile", "")
 
-    def used(self) -> AbstractContextManager:
-        return kernels.override(self.kernel, self.size, self.tile)
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """In force for what is planned and run inside."""
+        rows = work.ROWS["tiny"]
+        try:
+            # A program that does whole sequences of more rows wants more sequences in its class.
+            work.ROWS["tiny"] = max(rows, self.tile.own if self.kernel == "whole" and self.tile else 0)
+            with kernels.override(self.kernel, self.size, self.tile):
+                yield
+        finally:
+            work.ROWS["tiny"] = rows
 
-
-def sizes_of(case: Case) -> set[str]:
-    """The length classes that a case launches."""
-    return {"tiny" if n <= 64 else "short" if n <= 256 else "long" for n in case.lengths}
+    def matters(self, case: Case, whole: bool) -> bool:
+        """Whether a case launches it; ``whole`` is whether tiny sequences have one kernel for their backward pass."""
+        tiny = work.ROWS["tiny"]
+        if self.kernel == "whole":
+            return min(case.lengths) <= (self.tile.own if self.tile else tiny)
+        if self.size == "tiny" and self.kernel != "forward" and whole:
+            return False
+        limits = {"tiny": (0, tiny), "short": (tiny, work.SHORT), "long": (work.SHORT, math.inf)}[self.size]
+        return any(limits[0] < n <= limits[1] for n in case.lengths)
 
 
 def choices(case: Case, dtype: torch.dtype) -> list[Choice]:
-    """All but what is shipped; without its own kernel the class of whole sequences falls back to two."""
+    """Every tile but the shipped ones that a case would run with."""
     found: list[Choice] = []
-    if not hasattr(kernels, "candidates"):
+    if work is None:
         return found
-    for kernel in kernels.KERNELS:
-        for size in ("tiny", "short", "long"):
-            tiles = list(kernels.candidates(kernel, case.dim, dtype, size)) if size in sizes_of(case) else []
-            others = [*tiles[1:], *([None] if tiles and kernel == "whole" else [])]
-            found += [Choice(kernel, size, tile) for tile in others]
-    return found
+    whole = bool(kernels.candidates("whole", case.dim, dtype, "tiny"))
+    for kernel, size in itertools.product(kernels.KERNELS, work.ROWS):
+        tiles = kernels.candidates(kernel, case.dim, dtype, size)
+        others = [*tiles[1:], *([None] if tiles and kernel == "whole" else [])]
+        found += [Choice(kernel, size, tile) for tile in others]
+    return [choice for choice in found if choice.matters(case, whole)]
 
 
 def timed(run: Callable[[], object], device: torch.device, replays: int) -> common.Timing:
@@ -76,19 +98,21 @@ def timed(run: Callable[[], object], device: torch.device, replays: int) -> comm
 
 
 def measure(
-    name: str, build: Callable[[], attention.Variant], want: list[torch.Tensor], blank: Row, replays: int
-) -> Iterator[Row]:
-    """Rows of both phases; one row with a note where it is wrong, fails or is not there."""
+    name: str, build: Callable[[], attention.Variant], want: list[torch.Tensor], blank: Row, replays: int,
+    phases: Sequence[str] = ("forward", "both"),
+) -> Iterator[Row]:  # fmt: skip
+    """A row per phase; one row with a note where it is wrong or fails, none where it is not there."""
     try:
-        variant = build()
+        variant, device = build(), want[0].device
         error = common.rms_error(variant.results(), want)
         bound = common.limit(want[0].dtype, blank.error or 0.0)
         if error > bound:
             yield replace(blank, variant=name, error=error, note=f"REFUSED: error above {bound:.1e}")
             return
-        with torch.no_grad():
-            forward = timed(lambda: variant.call(*variant.leaves), want[0].device, replays)
-        for phase, timing in (("forward", forward), ("both", timed(variant.both, want[0].device, replays))):
+        for phase in phases:
+            with torch.set_grad_enabled(phase == "both"):
+                run = variant.both if phase == "both" else partial(variant.call, *variant.leaves)
+                timing = timed(run, device, replays)
             yield replace(blank, variant=name, phase=phase, error=error).timed(timing)
     except attention.Unavailable:
         return
@@ -104,39 +128,39 @@ def rows_of(case: Case, dtype: torch.dtype, device: torch.device, replays: int, 
     want = [x.to(dtype) for x in want]
     mode = "graph" if device.type == "cuda" else "eager"
     blank = Row("tiles", case.name, "", str(dtype)[6:], "both", mode, error=plain)
-    shipped = {row.phase: row for row in measure(OURS, partial(attention.avfast, case, data), want, blank, replays)}
+    ours = partial(attention.avfast, case, data)
+    shipped = {row.phase: row for row in measure(OURS, ours, want, blank, replays)}
     yield from shipped.values()
-    todo: list[tuple[str, Callable[[], attention.Variant], AbstractContextManager]] = [
-        (name, partial(attention.VARIANTS[name], case, data), nullcontext())
-        for name in BASELINES
-        if name in attention.VARIANTS
-    ]
-    todo += [(str(choice), partial(attention.avfast, case, data), choice.used()) for choice in choices(case, dtype)]
-    for name, build, used in todo:
+
+    def with_ratio(row: Row) -> Row:
+        base = shipped.get(row.phase)
+        both = base is not None and base.median_ms and row.median_ms
+        return replace(row, ratio=base.median_ms / row.median_ms) if both else row
+
+    for name in BASELINES:
+        build = partial(attention.VARIANTS[name], case, data)
+        yield from map(with_ratio, measure(name, build, want, blank, replays))
+    for choice in choices(case, dtype):
         if time.perf_counter() > until:
             return
-        with used:
-            for row in measure(name, build, want, blank, replays):
-                ours = shipped.get(row.phase)
-                if ours and ours.median_ms and row.median_ms:
-                    row = replace(row, ratio=ours.median_ms / row.median_ms)
-                yield row
+        phase = "forward" if choice.kernel == "forward" else "both"
+        with choice.used():
+            yield from map(with_ratio, measure(str(choice), ours, want, blank, replays, [phase]))
 
 
 def compile_all(cases: Sequence[Case], dtypes: Sequence[torch.dtype], device: torch.device, part: int, of: int) -> None:
     """Every ``of``-th variant once, on few rows: the compiler's cache on disk then has it."""
     kinds = {(case.dim, case.heads, dtype): case for case in cases for dtype in dtypes}
-    lengths = {"tiny": (20, 20), "short": (100, 100), "long": (300, 300)}
+    lengths = (20, 20), (100, 100), (300, 300)
     number = 0
     for (_, _, dtype), case in kinds.items():
-        for size in sorted({size for other in cases if other.dim == case.dim for size in sizes_of(other)}):
-            small = replace(case, lengths=lengths[size])
+        for small in (replace(case, lengths=few) for few in lengths):
             data = attention.inputs(small, dtype, device)
-            for used in (nullcontext(), *(choice.used() for choice in choices(small, dtype))):
+            for choice in (None, *choices(small, dtype)):
                 number += 1
                 if number % of == part:
                     try:
-                        with used:
+                        with choice.used() if choice else nullcontext():
                             attention.avfast(small, data).both()
                     except Exception as problem:
                         print(f"{small.name} {dtype} variant {number}: {common.reason(problem)}", file=sys.stderr)
