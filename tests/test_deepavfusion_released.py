@@ -9,8 +9,9 @@ import torch
 from helpers import assert_close
 from released import Released
 
-from avfast import DeepAVFusion, checkpoints
+from avfast import DeepAVFusion
 from avfast.models import Draws
+from avfast.released import deepavfusion
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 ARCHS = {"dense": "dense_mmi", "factorized": "factorized_mmi", "token": "token"}
@@ -90,7 +91,7 @@ def released(request) -> ReleasedFusion:
 
 @pytest.fixture(scope="module")
 def model(released) -> DeepAVFusion:
-    settings, weights = checkpoints.deepavfusion(released.state)
+    settings, weights = deepavfusion.convert(released.state)
     with torch.device("meta"):  # from_released would fill 300 million parameters twice
         model = DeepAVFusion(**settings)
     model.load_state_dict({k: v.to(released.dtype) for k, v in weights.items()}, assign=True)
@@ -122,7 +123,7 @@ def test_losses_predictions_and_gradients_equal_the_released_ones(released, mode
     tol, prefix = TOLERANCE[released.dtype], f"avmae_{released.name}"
     fixed = ("encoder.image.pos_embed", "encoder.audio.pos_embed")
     leaves = {k: v.detach().to(released.dtype).requires_grad_(k not in fixed) for k, v in released.state.items()}
-    _, weights = checkpoints.deepavfusion(leaves)
+    _, weights = deepavfusion.convert(leaves)
     audio, image = released.inputs()
     out = torch.func.functional_call(model, weights, (audio, image, Draws(**released.kept())))
     losses = torch.stack([out.losses["reconstruction_visual"], out.losses["reconstruction_audio"], out.loss])
@@ -152,7 +153,7 @@ def test_losses_predictions_and_gradients_equal_the_released_ones(released, mode
 def test_the_layout_of_the_released_checkpoint_has_893_tensors():
     keys = ReleasedFusion("factorized").keys(decoders=True)
     assert len(keys) == 893
-    assert len(checkpoints.deepavfusion({k: torch.empty(s, device="meta") for k, s in keys.items()})[1]) == 893 - 2 * 12
+    assert len(deepavfusion.convert({k: torch.empty(s, device="meta") for k, s in keys.items()})[1]) == 893 - 2 * 12
 
 
 def test_unknown_and_missing_keys_are_listed():
@@ -185,9 +186,9 @@ def test_unknown_and_missing_keys_are_listed():
 def test_settings_come_from_the_shapes():
     state = {k: torch.empty(s, device="meta") for k, s in ReleasedFusion("dense").keys(decoders=True).items()}
     late = {k: v for k, v in state.items() if not any(f"fusion_blocks.{i}." in k for i in range(9))}
-    settings, _ = checkpoints.deepavfusion(late)
+    settings, _ = deepavfusion.convert(late)
     assert settings["fusion_layers"] == [9, 10, 11] and settings["depth"] == 12 and settings["fusion_arch"] == "dense"
     assert settings["fusion_attn_ratio"] == 0.25 and settings["fusion_mlp_ratio"] == 1.0
     assert settings["audio_size"] == (192, 128) and settings["img_size"] == 224
     none = {k: v for k, v in state.items() if ".fusion_blocks." not in k}
-    assert checkpoints.deepavfusion(none)[0]["fusion_layers"] == []
+    assert deepavfusion.convert(none)[0]["fusion_layers"] == []

@@ -12,17 +12,15 @@ Where paper and released code disagree, the default is the paper's and a keyword
 keyword                   default (paper)                             released code
 ========================  ==========================================  ==================================================
 objective                 "joint": one pass serves both losses        "released": two passes, two Adam steps per batch
-mask_ratios               0 ... 0.5, both losses                      Base 0, .2, .4, .6, .8, Large 0 ... .7
-(contrastive);
-                                                                      0.75 (reconstruction)
+mask_ratios               0 ... 0.5, both losses                      contrastive pass: Base 0, .2, .4, .6, .8, Large
+                                                                      0 ... .7; reconstruction pass: 0.75
 audio_structure           "unstructured"                              "time_frequency" in the contrastive pass
 shared_norms              False: every published number used a        False
                           LayerNorm set per modality
 norm_pix                  True ("the same loss as CAV-MAE")           False (the setting is ignored)
 stop_gradient             True (supplement, section 1)                Large yes, Base no
-separate_mae_audio        False                                       Base: audio of the reconstruction pass runs
-through
-                                                                      a copy of the encoder that is thrown away later
+separate_mae_audio        False                                       Base: audio of the reconstruction pass runs in a
+                                                                      copy of the encoder that is thrown away later
 double_embedding          False                                       True: tokens enter as 2 * (patch + position)
 eps, norm_eps             1e-6, 1e-6 (timm)                           1e-5 in blocks and heads, 1e-6 in the final norm
 decoder_depth             6                                           Base 8, Large 6
@@ -55,6 +53,7 @@ from avfast.nn import JointDecoder, PackedBlock, sincos_2d
 from avfast.nn.norm import layer_norm
 from avfast.ops import AttentionPlan
 from avfast.packing import PackedTokens
+from avfast.released import avsiam
 
 
 class Encoder(nn.Module):
@@ -292,38 +291,53 @@ class AVSiam(AudioVisualMAE):
 
         Raises:
             ImportError: without timm.
-            ValueError: if the model is no plain ViT.
+            ValueError: if the model is no plain ViT, or does not fit the settings, for example in its patch size.
         """
         vit = checkpoints.timm_vit(name, pretrained, settings.get("img_size"))
         model = cls(**{**checkpoints.vit_settings(vit), **settings})
-        model.load_vit(vit.state_dict())
+        with checkpoints.naming(name):
+            model.load_vit(vit.state_dict())
         return model
 
     @torch.no_grad()
     def load_vit(self, state: Mapping[str, Tensor]) -> None:
         """Take encoder weights from a ViT's state dict (timm's names) and restart what derives from them.
 
-        A one-channel patch kernel, as AST's, is taken for audio and spread over RGB for frames; positions of another
-        grid are resized as audio's are.
+        Class, distillation and register tokens are left out and LayerScale goes into the weights, see
+        :func:`avfast.checkpoints.plain_vit`. Positions of another grid are resized as a grid, bilinearly; those of an
+        image start audio's as in :meth:`from_timm`. A one-channel patch kernel is a spectrogram transformer's (AST): it
+        is spread over RGB for frames, and audio takes the positions of as many frames as it has.
+
+        Raises:
+            ValueError: for another architecture, patch size or width, listing keys or shapes.
         """
-        state = dict(state)
-        kernel = state.pop("patch_embed.proj.weight")
-        colour = kernel if kernel.shape[1] == 3 else kernel.expand(-1, 3, -1, -1) / 3
-        positions = state.pop("pos_embed")
-        if positions.shape[1] == self.patch_embed.num_patches + 1:
-            positions = positions[:, 1:]  # the class token's
-        self.patch_embed.proj.weight.copy_(colour)
-        self.patch_embed_a.proj.weight.copy_(kernel.mean(1, keepdim=True))
-        for embed in (self.patch_embed, self.patch_embed_a):
-            embed.proj.bias.copy_(state["patch_embed.proj.bias"])
-        for table in (self.pos_embed, self.pos_embed_a):
-            table.copy_(F.interpolate(positions.mT, table.shape[1]).mT)
-        encoder = {k: v for k, v in state.items() if k.startswith(("blocks.", "norm."))}
-        for target in (self.encoder, self.encoder_a):
-            if target is not None:
-                own = target.state_dict()
-                weights = {k: v.expand_as(own[k]) if k in own else v for k, v in encoder.items()}
-                checkpoints.load_into(target, weights)
+        weights = checkpoints.plain_vit(state)
+        if "pos_embed" not in weights:
+            raise ValueError("no plain Vision Transformer: it has no pos_embed")
+        kernel, positions = weights.pop("patch_embed.proj.weight"), weights.pop("pos_embed")
+        bias, audio = weights.pop("patch_embed.proj.bias"), kernel.shape[1] == 1
+        grid = cast(tuple[int, int], checkpoints.vit_grid(positions.shape[1], audio))
+        loaded = {
+            "patch_embed.proj.weight": kernel.expand(-1, 3, -1, -1) / 3 if audio else kernel,
+            "patch_embed_a.proj.weight": kernel.mean(1, keepdim=True),
+            "patch_embed.proj.bias": bias,
+            "patch_embed_a.proj.bias": bias,
+            "pos_embed": checkpoints.resize(positions, grid, self.patch_embed.grid_size),
+        }
+        if audio:
+            patch, stride = kernel.shape[2], 10 if grid[0] == 12 else kernel.shape[2]
+            reached = min(grid[1], (self.audio_size[0] - patch) // stride + 1)
+            positions = positions.unflatten(1, grid)[:, :, :reached].flatten(1, 2)
+            loaded["pos_embed_a"] = checkpoints.resize(positions, (grid[0], reached), self.patch_embed_a.grid_size)
+        else:
+            loaded["pos_embed_a"] = F.interpolate(positions.mT, self.patch_embed_a.num_patches).mT
+        for name in ("encoder", "encoder_a"):
+            if getattr(self, name) is not None:
+                own = getattr(self, name).state_dict()
+                for key, value in weights.items():
+                    sets = key in own and own[key].ndim > value.ndim
+                    loaded[f"{name}.{key}"] = value.expand(len(own[key]), -1) if sets else value
+        checkpoints.load_into(self, loaded, optional=("fusion.", "decoder.", "head_"))
         self.copy_fusion()
 
     @classmethod
@@ -332,15 +346,15 @@ class AVSiam(AudioVisualMAE):
 
         Args:
             checkpoint: path of a ``.pth`` or ``.safetensors`` file, or its state dict.
-            settings: overrides of the released settings, for example ``num_classes`` to fine-tune a pre-trained model.
+            settings: overrides of the released settings. Positions are resized for another ``img_size`` or
+                ``audio_size`` (fewer frames keep the first ones); ``decoder_depth=0`` and ``num_classes=None`` leave
+                these parts out; other classes or another decoder than the checkpoint's start anew, with a warning.
 
         Raises:
-            ValueError: listing unknown and missing keys.
+            FileNotFoundError: if there is no such file.
+            ValueError: naming the file, if it is no checkpoint; listing unknown, missing and misshapen entries.
         """
-        released, weights = checkpoints.avsiam(checkpoints.load(checkpoint), **settings)
-        model = cls(**{**released, **settings})
-        checkpoints.load_into(model, weights, optional=("head_",) if "num_classes" in settings else ())
-        return model
+        return checkpoints.build(cls, avsiam.convert, checkpoint, settings)
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -27,6 +27,7 @@ from avfast.models.draws import Draws, Layout, shared_plan
 from avfast.nn import JointDecoder, PackedBlock, SplitLayerNorm, sincos_2d
 from avfast.ops import AttentionPlan
 from avfast.packing import PackedTokens
+from avfast.released import cav_mae
 
 
 class CAVMAE(AudioVisualMAE):
@@ -155,8 +156,8 @@ class CAVMAE(AudioVisualMAE):
             audio: ``(B, frames, mels)`` or None.
             visual: ``(B, 3, H, W)``, ``(B, F, 3, H, W)`` for several frames, or None.
             missing: for a model fine-tuned on both modalities and tested on one: average the joint layer's features
-            under
-                the joint and the modality's own norms (released modes ``missingaudioonly`` and ``missingvideoonly``).
+                under the joint and the modality's own norms (released modes ``missingaudioonly`` and
+                ``missingvideoonly``).
 
         Returns:
             ``(B, num_classes)``, or ``(B, F, num_classes)`` for several frames.
@@ -195,12 +196,10 @@ class CAVMAE(AudioVisualMAE):
 
         Args:
             checkpoint: path of a ``.pth`` or ``.safetensors`` file, or its state dict.
-            settings: overrides, for example ``num_classes`` to fine-tune a pre-trained model.
+            settings: overrides of the released settings, as in :meth:`avfast.AVSiam.from_released`.
 
         Raises:
-            ValueError: listing unknown and missing keys.
+            FileNotFoundError: if there is no such file.
+            ValueError: naming the file, if it is no checkpoint; listing unknown, missing and misshapen entries.
         """
-        released, weights = checkpoints.cav_mae(checkpoints.load(checkpoint), **settings)
-        model = cls(**{**released, **settings})
-        checkpoints.load_into(model, weights, optional=("head.",) if "num_classes" in settings else ())
-        return model
+        return checkpoints.build(cls, cav_mae.convert, checkpoint, settings)

@@ -71,6 +71,7 @@ from avfast.nn.fusion import ContextBlock, FusionArch, FusionBlock, Pending, Res
 from avfast.nn.norm import add_norm
 from avfast.nn.patch_decoder import PatchDecoder
 from avfast.packing import PackedTokens
+from avfast.released import deepavfusion
 
 if TYPE_CHECKING:
     from avfast.data.frontend import HTKFrontend
@@ -375,10 +376,10 @@ class DeepAVFusion(AudioVisualMAE):
         """How much the fusion tokens of each fusion layer read from each patch, for pictures and analysis.
 
         Args:
-            audio: arguments as in :meth:`encode`.
-            visual: .
-            audio_keep: .
-            visual_keep: .
+            audio: ``(B, frames, mels)`` or None.
+            visual: ``(B, 3, H, W)`` or None.
+            audio_keep: kept patch ids as in :class:`~avfast.models.Draws`.
+            visual_keep: likewise.
 
         Returns:
             By layer, p ``(B, heads, F, Na)`` over audio and r ``(B, heads, F, Nv)`` over visual patches, each adding up
@@ -468,11 +469,12 @@ class DeepAVFusion(AudioVisualMAE):
         ):
             if source is None:
                 continue
-            weights = checkpoints.mae_encoder(checkpoints.load(source))
-            if transposed:
-                weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].mT
-            target = nn.ModuleDict({"blocks": blocks, "norm": norm, "patch_embed": embed})
-            checkpoints.load_into(target, weights)
+            with checkpoints.naming(source):
+                weights = checkpoints.mae_encoder(checkpoints.load(source))
+                if transposed:
+                    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].mT
+                target = nn.ModuleDict({"blocks": blocks, "norm": norm, "patch_embed": embed})
+                checkpoints.load_into(target, weights)
 
     @classmethod
     def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> DeepAVFusion:
@@ -480,15 +482,13 @@ class DeepAVFusion(AudioVisualMAE):
 
         Args:
             checkpoint: path of a ``.pth`` or ``.safetensors`` file, or its state dict.
-            settings: overrides of the released settings, for example ``decoder_depth=0``.
+            settings: overrides of the released settings, as in :meth:`avfast.AVSiam.from_released`.
 
         Raises:
-            ValueError: listing unknown and missing keys.
+            FileNotFoundError: if there is no such file.
+            ValueError: naming the file, if it is no checkpoint; listing unknown, missing and misshapen entries.
         """
-        released, weights = checkpoints.deepavfusion(checkpoints.load(checkpoint), **settings)
-        model = cls(**{**released, **settings})
-        checkpoints.load_into(model, weights)
-        return model
+        return checkpoints.build(cls, deepavfusion.convert, checkpoint, settings)
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

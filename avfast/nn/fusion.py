@@ -362,11 +362,11 @@ class FusionBlock(nn.Module):
         over their heads), and fusion tokens only.
 
         Args:
-            tokens: arguments as in :meth:`forward`.
-            audio: .
-            visual: .
-            cu_seqlens_a: .
-            cu_seqlens_v: .
+            tokens: ``(B, F, D)``, F the sum of ``num_tokens``.
+            audio: ``(B, Na, D)``, or packed ``(Ta, D)`` with its boundaries.
+            visual: likewise.
+            cu_seqlens_a: ``(B + 1,)`` int32 boundaries of packed audio tokens.
+            cu_seqlens_v: likewise.
 
         Returns:
             p ``(B, H, F, Na)`` and r ``(B, H, F, Nv)``; packed tokens are padded to the longest instance.

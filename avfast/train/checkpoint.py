@@ -11,10 +11,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avfast.train.config import SettingError, from_json
+from avfast.train.config import Config, SettingError, from_dict
+from avfast.weight_files import read
 
 MODEL, STATE = "model.safetensors", "train_state.pt"
 
@@ -35,6 +36,7 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], state: dict[str, 
     # cloned: safetensors refuses tensors that share memory
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.items()}, temporary / MODEL)
     torch.save(state, temporary / STATE)
+    shutil.copymode(temporary / STATE, temporary / MODEL)  # safetensors lets nobody else read its files
     for path in (temporary / MODEL, temporary / STATE, temporary):
         _sync(path)
     shutil.rmtree(final, ignore_errors=True)
@@ -67,13 +69,15 @@ def complete(folder: Path) -> list[Path]:
 
 
 def find(where: str | Path) -> Path:
-    """The checkpoint folder meant by a run folder (its newest) or a checkpoint folder."""
-    path = Path(where)
+    """The checkpoint folder meant by a run folder (its newest), a checkpoint folder or a file in one; absolute."""
+    path = Path(where).absolute()
+    if path.name in (MODEL, STATE) and path.is_file():
+        path = path.parent
     if (path / MODEL).exists():
         return path
-    found = complete(path / "checkpoints")
+    found = complete(path / "checkpoints") or complete(path)
     if not found:
-        raise SettingError(f"{path}: no checkpoint; expected a run folder or a folder with {MODEL} and {STATE}")
+        raise SettingError(f"{where}: no checkpoint; expected a run folder or a folder with {MODEL} and {STATE}")
     return found[-1]
 
 
@@ -81,17 +85,30 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The model's state dict and the train state, on the CPU."""
     if not ((path / MODEL).exists() and (path / STATE).exists()):
         raise SettingError(f"{path}: not a checkpoint; expected a folder with {MODEL} and {STATE}")
-    return load_file(path / MODEL), torch.load(path / STATE, map_location="cpu", weights_only=True)
+    return read(path / MODEL), read(path / STATE)
+
+
+def settings_of(path: Path) -> Config:
+    """The settings of the run that wrote a checkpoint folder, wherever that is now."""
+    if not (path / STATE).exists():
+        raise SettingError(f"{path}: no {STATE}, which holds the model's settings; copy the whole folder")
+    state = read(path / STATE, mmap=True)  # the optimisers' tensors beside the settings are not read
+    if not isinstance(state, dict) or "config" not in state:
+        raise SettingError(f"{path / STATE}: holds no settings, so no run has written it")
+    return from_dict(state["config"], str(path / STATE))
 
 
 def load_model(where: str | Path) -> nn.Module:
-    """The trained model of a run folder (its newest checkpoint) or of one of its checkpoint folders, on the CPU."""
+    """The trained model of a run folder (its newest checkpoint) or of one of its checkpoint folders, on the CPU.
+
+    A checkpoint folder may have been copied to another place; a file in it stands for the folder.
+    """
     from avfast.models import create_model
 
     path = find(where)
-    config = from_json(path.parent.parent / "config.json")
+    config = settings_of(path)
     model = create_model(config.model, **config.model_args)
-    model.load_state_dict(load_file(path / MODEL))
+    model.load_state_dict(read(path / MODEL))
     return model
 
 

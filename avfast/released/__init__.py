@@ -1,0 +1,1 @@
+"""Layouts of the checkpoints that the authors of each paper released: one file per paper."""
