@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from avfast.data.demo import build
+from avfast.models import create_model
 from avfast.train import checkpoint, data, parallel
 from avfast.train.__main__ import main
 from avfast.train.config import SettingError
@@ -348,6 +350,30 @@ def test_checkpoints_are_kept_by_number(tmp_path):
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-2", "step-10"]
     model, state = checkpoint.load(tmp_path / "step-10")
     assert torch.equal(model["w"], torch.ones(2)) and state == {"step": 10}
+
+
+def test_a_checkpoint_loads_wherever_it_is(tmp_path, monkeypatch):
+    config = replace(demo(), model_args=MODEL)
+    model, state = create_model(config.model, **MODEL), {"config": json.loads(config.to_json())}
+    umask = os.umask(0o022)
+    try:
+        step = checkpoint.save(tmp_path / "run/checkpoints", 1, model.state_dict(), state)
+    finally:
+        os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in step.iterdir()} == {0o644}
+    shutil.copytree(step, tmp_path / "elsewhere")
+    monkeypatch.chdir(step)
+    places = (tmp_path / "run", step.parent, step, step / "model.safetensors", tmp_path / "elsewhere", ".", "../..")
+    for where in places:
+        for name, value in checkpoint.load_model(where).state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), (where, name)
+    assert checkpoint.settings_of(checkpoint.find(tmp_path / "elsewhere")) == config
+    (tmp_path / "elsewhere/train_state.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="elsewhere/train_state.pt is empty"):
+        checkpoint.load_model(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/train_state.pt").unlink()
+    with pytest.raises(SettingError, match="elsewhere: no train_state.pt, which holds the model's settings"):
+        checkpoint.load_model(tmp_path / "elsewhere")
 
 
 def test_random_state_survives_a_file(tmp_path):
