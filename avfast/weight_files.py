@@ -12,7 +12,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 
@@ -21,6 +20,8 @@ def _safe_types() -> list[Any]:
 
     Pairs give the type that stands in for a name: other versions of Python, NumPy and Lightning have other names.
     """
+    import numpy as np
+
     scalar = np.float64(0).__reduce__()[0]
     array = np.zeros(0).__reduce__()[0]
     types: list[Any] = [
