@@ -6,16 +6,25 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from helpers import assert_close
 
 FOLDER = Path(__file__).parent / "fixtures"
+EXTENTS = [
+    pytest.param((torch.float32, False), id="float32-forward"),
+    pytest.param((torch.float32, True), id="float32", marks=pytest.mark.slow),
+    pytest.param((torch.float64, True), id="float64", marks=pytest.mark.slow),
+]
+"""How much of the full-size parity is computed: (dtype, whole). Part of it is a forward pass, of one clip where clips
+are computed one by one; the whole has every output and gradient."""
 
 
 class Released:
     """One released code base: its weights, its inputs and the numbers it gave."""
 
-    def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32, whole: bool = True) -> None:
+        self.whole = whole
         self.manifest = json.loads((FOLDER / name / "manifest.json").read_text())
         self.dtype = dtype
         self.folder = FOLDER / name
@@ -31,17 +40,17 @@ class Released:
     def random(self, name: str) -> np.random.RandomState:
         return np.random.RandomState(zlib.crc32((self.manifest["SALT"] + name).encode()))
 
-    def state(self, layout: str, only: str = "") -> dict[str, torch.Tensor]:
-        """Released state dict of ``"pretrain"`` or ``"finetune"``; keys that are never read hold NaN."""
+    def state(self, layout: str, unread: str = "none") -> dict[str, torch.Tensor]:
+        """Released state dict of ``"pretrain"`` or ``"finetune"``; keys that are never read hold NaN.
+
+        So do those that begin with ``unread``.
+        """
         entry = self.manifest[layout]
         scales, dead = set(entry["norm_scale_keys"]), set(entry["dead_keys"])
         plain = set(entry["two_or_more_dims_but_not_a_kernel (value 0.02*n)"])
         state = {}
         for key, shape, _ in entry["keys"]:
-            if key in entry["aliases"]:
-                state[key] = torch.full((), float("nan")).expand(shape)
-                continue
-            if key in dead and not key.startswith("ast_base"):
+            if key in entry["aliases"] or key.startswith(unread) or key in dead and not key.startswith("ast_base"):
                 state[key] = torch.full((), float("nan")).expand(shape)
                 continue
             n = self.normal(key, shape)
@@ -61,11 +70,12 @@ class Released:
     def ids(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.expected[f"ids_{name}"]).long()
 
-    def check(self, name: str, got: torch.Tensor, tol: float) -> None:
-        """Compare with an expected output, or with its stored slice and its mean and deviation."""
+    def check(self, name: str, got: torch.Tensor, tol: float, rows: int | None = None) -> None:
+        """Compare with an expected output (its first ``rows``), or with its stored slice, mean and deviation."""
         got = got.detach().double()
         if name in self.expected:
-            assert_close(name, got, torch.from_numpy(np.asarray(self.expected[name])), tol)
+            want = torch.from_numpy(np.asarray(self.expected[name]))
+            assert_close(name, got, want if rows is None else want[:rows], tol)
             return
         (sliced,) = [key for key in self.expected if key.startswith(f"{name}_slice_")]
         _, rows, columns = (int(x) for x in sliced.rsplit("_slice_", 1)[1].split("_"))

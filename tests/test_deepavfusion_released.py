@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cached_property
 
 import numpy as np
@@ -24,8 +25,8 @@ TABLES = {
 class ReleasedFusion(Released):
     """The released code with one kind of fusion."""
 
-    def __init__(self, arch: str, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__("deepavfusion", dtype)
+    def __init__(self, arch: str, dtype: torch.dtype = torch.float32, whole: bool = True) -> None:
+        super().__init__("deepavfusion", dtype, whole)
         self.arch, self.name = arch, ARCHS[arch]
 
     def keys(self, decoders: bool) -> dict[str, list[int]]:
@@ -43,8 +44,18 @@ class ReleasedFusion(Released):
     @cached_property
     def state(self) -> dict[str, torch.Tensor]:
         """The released state dict; with decoders, unless nothing is known about them."""
+        return self.filled(self.keys(decoders=self.arch != "token"))
+
+    def first_layers(self, count: int) -> dict[str, torch.Tensor]:
+        """The encoder's state dict with its first layers alone."""
+        layer = re.compile(r"blocks\.(\d+)\.")
+        keys = self.keys(decoders=False).items()
+        return self.filled({k: v for k, v in keys if not (m := layer.search(k)) or int(m[1]) < count})
+
+    def filled(self, keys: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+        """Synthetic weights, which follow from their names."""
         state = {}
-        for key, shape in self.keys(decoders=self.arch != "token").items():
+        for key, shape in keys.items():
             if key in TABLES:
                 state[key] = self.table(TABLES[key])
                 continue
@@ -80,10 +91,13 @@ def statistics(*tokens: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(
     scope="module",
     params=[
-        *((arch, torch.float32) for arch in ARCHS),
-        *(pytest.param((arch, torch.float64), marks=pytest.mark.slow) for arch in ARCHS),
+        pytest.param(("factorized", torch.float32, False), id="factorized-float32-forward"),
+        *(
+            pytest.param((arch, dtype, True), marks=pytest.mark.slow, id=f"{arch}-{str(dtype)[6:]}")
+            for dtype in TOLERANCE
+            for arch in ARCHS
+        ),
     ],
-    ids=lambda p: f"{p[0]}-{str(p[1])[6:]}",
 )
 def released(request) -> ReleasedFusion:
     return ReleasedFusion(*request.param)
@@ -98,7 +112,7 @@ def model(released) -> DeepAVFusion:
     return model.eval()
 
 
-@pytest.mark.parametrize("masked", [True, False], ids=["masked", "full"])
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["masked", "full"])
 def test_tokens_of_every_layer_equal_the_released_ones(released, model, masked):
     tol = TOLERANCE[released.dtype]
     kind = f"{released.name}_{'masked' if masked else 'full'}"
@@ -117,12 +131,26 @@ def test_tokens_of_every_layer_equal_the_released_ones(released, model, masked):
         assert_close("pooled", pooled, torch.from_numpy(released.expected[f"{kind}_pooled"]), tol)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_first_layers_of_every_kind_of_fusion_equal_the_released_ones(arch):
+    released = ReleasedFusion(arch)
+    model = DeepAVFusion.from_released(released.first_layers(2)).eval()
+    audio, image = released.inputs()
+    for kind, kept in (("masked", released.kept()), ("full", {})):
+        with torch.no_grad():
+            layers = model.encode_layers(audio, image, **kept)
+        got = torch.stack([statistics(x.visual, x.audio, x.fused) for x in layers])
+        want = torch.from_numpy(released.expected[f"{released.name}_{kind}_layer_mean_std"][:2])
+        assert_close(kind, got, want, TOLERANCE[torch.float32])
+
+
 def test_losses_predictions_and_gradients_equal_the_released_ones(released, model):
     if released.arch == "token":
         pytest.skip("there are no numbers of masked pre-training with token fusion")
     tol, prefix = TOLERANCE[released.dtype], f"avmae_{released.name}"
     fixed = ("encoder.image.pos_embed", "encoder.audio.pos_embed")
-    leaves = {k: v.detach().to(released.dtype).requires_grad_(k not in fixed) for k, v in released.state.items()}
+    trainable = {k: released.whole and k not in fixed for k in released.state}
+    leaves = {k: v.detach().to(released.dtype).requires_grad_(trainable[k]) for k, v in released.state.items()}
     _, weights = deepavfusion.convert(leaves)
     audio, image = released.inputs()
     out = torch.func.functional_call(model, weights, (audio, image, Draws(**released.kept())))
@@ -133,7 +161,8 @@ def test_losses_predictions_and_gradients_equal_the_released_ones(released, mode
         released.check_slices(f"{prefix}_pred_{name}", patches.double(), tol)
     want = torch.from_numpy(released.expected[f"{prefix}_pred_mean_std"])
     assert_close("predictions", statistics(*predictions), want, tol)
-
+    if not released.whole:
+        return
     out.loss.backward()
     trained = {k: v for k, v in leaves.items() if v.requires_grad}
     assert all(v.grad is not None for v in trained.values())
