@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,8 @@ from avfast.weight_files import read
 Source = str | Path | Mapping[str, Tensor]
 Rule = tuple[str, str | Callable[[re.Match], str] | None]
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class Converter(Protocol):
-    """From a state dict and the caller's settings: the checkpoint's own settings, and weights under our names."""
-
-    def __call__(self, state: Mapping[str, Tensor], **overrides: Any) -> tuple[dict[str, Any], dict[str, Tensor]]: ...
+Converter = Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]
+"""Takes a state dict and the caller's settings; gives the checkpoint's own settings, and weights under our names."""
 
 
 # Read and unwrap.
@@ -334,7 +330,7 @@ VIT: list[Rule] = [
     (r"(blocks\.\d+\.(?:norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(?:weight|bias))", r"\1"),
     (r"(blocks\.\d+\.)(?:ls([12])\.gamma|gamma_([12]))", lambda m: f"{m[1]}ls{m[2] or m[3]}.gamma"),
     (VIT_TOKENS + "|mask_token", None),  # no patches
-    (r"(?:head|fc_norm|pre_logits|attn_pool|decoder)[._].*", None),  # what comes after the encoder
+    (r"(?:head|pre_logits|attn_pool|decoder)[._].*", None),  # what comes after the encoder
 ]
 
 
@@ -349,9 +345,11 @@ def plain_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: for what no plain Vision Transformer has (normalised queries and keys, gated MLPs, relative
             positions, a norm before the blocks...), listing its keys.
     """
+    if pooled := [key for key in state if key.startswith("fc_norm.")]:
+        raise ValueError(
+            f"{len(pooled)} unknown keys in the checkpoint: {listed(pooled)}; its final norm comes after the pooling"
+        )
     weights = rename(state, VIT)
-    if "fc_norm.weight" in state and "norm.weight" not in weights:
-        raise ValueError("its final norm (fc_norm) comes after the pooling, so that tokens have none")
     parts = [f"{part}.{kind}" for part in ("patch_embed.proj", "norm") for kind in ("weight", "bias")]
     if lacking := [part for part in parts if part not in weights]:
         raise ValueError(f"no plain Vision Transformer: {len(lacking)} missing keys: {listed(lacking)}")

@@ -318,7 +318,7 @@ def test_variants_of_vits_that_are_the_same_function(variant, offered):
         ({"qk_norm": True, "norm_layer": "layernorm"}, "unknown keys in the checkpoint: blocks.0.attn.q_norm.weight"),
         ({"pre_norm": True}, "norm_pre.weight"),
         ({"pos_embed": "none"}, "no position table"),
-        ({"global_pool": "avg"}, r"its final norm \(fc_norm\) comes after the pooling"),
+        ({"global_pool": "avg"}, "fc_norm.weight, fc_norm.bias; its final norm comes after the pooling"),
         ({"final_norm": False}, "missing keys: norm.weight"),
         ({"act_layer": "gelu_tanh"}, "compute something else"),
         ({"norm_layer": "rmsnorm"}, "missing keys: norm.bias"),
