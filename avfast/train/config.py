@@ -9,10 +9,11 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 
 class SettingError(ValueError):
@@ -33,8 +34,9 @@ class Config:
     recipe: str = setting("demo", "name of the recipe these settings come from")
     out: str | None = setting(None, "run folder (default: runs/<recipe>-<time>)")
     resume: str | None = setting(
-        None, "'auto': the newest checkpoint in --out, or a fresh start; or a checkpoint folder"
+        None, "run or checkpoint folder to continue, with its settings; 'auto': what is in --out, or a fresh start"
     )
+    other_clips: bool = setting(False, "let --resume go on with other training clips than the checkpoint's")
     seed: int = setting(0, "of weights, order, augmentation and masking")
 
     data: tuple[str, ...] = setting(
@@ -115,15 +117,17 @@ class Config:
         }  # fmt: skip
         at_least_0 = (
             "lr epochs steps workers keep_checkpoints pictures warmup_steps warmup_epochs clip_grad probe_clips "
-            "probe_l2 group_parts"
+            "probe_l2 group_parts weight_decay decay_start decay_rate min_lr"
         )
         at_least_1 = "batch_size accumulate lr_batch log_every checkpoint_every demo_clips"
         limits |= dict.fromkeys(at_least_0.split(), (0, None)) | dict.fromkeys(at_least_1.split(), (1, None))
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if value is not None and not (value >= low and (high is None or value <= high)):
+            if value is not None and not (low <= value < inf and (high is None or value <= high)):
                 bound = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise SettingError(f"--{name} {value}: expected a number {bound}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingError(f"--betas {' '.join(map(str, self.betas))}: expected 2 numbers from 0 to below 1")
         if self.timm and self.init_ast:
             raise SettingError(f"--init_ast {self.init_ast} and --timm {self.timm} both start the encoder: --timm none")
 
@@ -137,17 +141,17 @@ def fields() -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(Config)}
 
 
-def from_json(path: str | Path) -> Config:
-    """Reads what :meth:`Config.to_json` wrote."""
+def from_json(path: str | Path, flag: str = "") -> Config:
+    """Reads what :meth:`Config.to_json` wrote; ``flag`` is what errors begin with."""
     try:
         values = json.loads(Path(path).read_text())
     except OSError as error:
-        raise SettingError(f"--config {path}: {error.strerror}") from None
+        raise SettingError(f"{flag}{path}: {error.strerror}") from None
     except ValueError as error:
-        raise SettingError(f"--config {path}: not JSON ({error})") from None
+        raise SettingError(f"{flag}{path}: not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise SettingError(f"--config {path}: expected an object of settings, got {type(values).__name__}")
-    return from_dict(values, str(path))
+        raise SettingError(f"{flag}{path}: expected an object of settings, got {type(values).__name__}")
+    return from_dict(values, f"{flag}{path}")
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
@@ -160,8 +164,13 @@ def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
 
 
 def unknown(kind: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """One line that names the nearest of ``known``."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5) or sorted(known)
+    """One line that names the nearest of ``known``: by the letters, and where ``known`` has texts, by their words."""
+    words = set(name.lower().replace("-", " ").replace("_", " ").split())
+    texts = {k: v for k, v in known.items() if isinstance(v, str)} if isinstance(known, Mapping) else {}
+    told = [k for k, text in texts.items() if words <= set(text.lower().replace(":", " ").replace(",", " ").split())]
+    told = sorted(told, key=lambda k: len(texts[k]))[:3]
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    near = list(dict.fromkeys(told + close)) or sorted(known)
     listed = ", ".join(near[:8]) + (", ..." if len(near) > 8 else "")
     return f"unknown {kind} {name!r}; did you mean: {listed}?"
 
@@ -170,8 +179,8 @@ def parse(arguments: Sequence[str], recipes: Mapping[str, Any], positional: str 
     """Splits a command line into its positional argument and the settings it changes.
 
     ``--field value``, ``--field=value``, several values for tuples, ``--flag`` / ``--no-flag`` for booleans, ``none``
-    for None, ``--model.name value`` for one of ``model_args``. Dashes and underscores in names are alike.
-    ``--config FILE`` is returned as the key ``config``.
+    for None, ``--model.name value`` for one of ``model_args``, as text: see :func:`model_settings`. Dashes and
+    underscores in names are alike. ``--config FILE`` is returned as the key ``config``.
     """
     hints = typing.get_type_hints(Config) | {"config": str | None}
     first: str | None = None
@@ -187,7 +196,7 @@ def parse(arguments: Sequence[str], recipes: Mapping[str, Any], positional: str 
         flag, given, inline = word[2:].partition("=")
         if flag.startswith("model."):
             key, text = flag[6:].replace("-", "_"), inline if given else _next(rest, flag)
-            changes.setdefault("model_args", {})[key] = _loose(text)
+            changes.setdefault("model_args", {})[key] = text
             continue
         name = flag.replace("-", "_")
         hint = hints.get(name)
@@ -198,7 +207,8 @@ def parse(arguments: Sequence[str], recipes: Mapping[str, Any], positional: str 
             value = _convert(name, inline, bool) if given else True
             changes[name if wanted else name[3:]] = value is wanted
         elif hint is None or name == "recipe":
-            raise SettingError(unknown("flag", "--" + flag, ["--" + h.replace("recipe", "config") for h in hints]))
+            known = {f"--{n}": f.metadata["doc"] for n, f in fields().items() if n != "recipe"} | {"--config": ""}
+            raise SettingError(unknown("flag", "--" + flag, known))
         elif typing.get_origin(hint) is tuple:
             values = [inline] if given else []
             while not given and rest and not rest[0].startswith("--"):
@@ -209,7 +219,7 @@ def parse(arguments: Sequence[str], recipes: Mapping[str, Any], positional: str 
         else:
             text = inline if given else _next(rest, flag)
             if typing.get_origin(hint) is dict:
-                changes[name] = changes.get(name, {}) | _convert(name, _loose(text), hint)
+                changes[name] = changes.get(name, {}) | _convert(name, text, hint)
             else:
                 changes[name] = _convert(name, text, hint)
     return first, changes
@@ -221,12 +231,27 @@ def _next(rest: list[str], flag: str) -> str:
     return rest.pop(0)
 
 
-def _loose(text: str) -> Any:
-    """JSON where it is JSON, else the text itself; ``true``, ``none`` and ``1e-3`` in any case."""
-    try:
-        return json.loads({"none": "null", "true": "true", "false": "false"}.get(text.lower(), text))
-    except ValueError:
-        return text
+def model_settings(model: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a model, given as text or as JSON gives them, in the types that its constructor declares.
+
+    Raises:
+        SettingError: the model has no such argument, or the value is none of it; the line names ``--model.NAME``.
+    """
+    from avfast.models.registry import PRESETS
+
+    if model not in PRESETS:  # said where the model is built
+        return dict(values)
+    hints = typing.get_type_hints(PRESETS[model][0].__init__)
+    hints.pop("return", None)
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise SettingError(unknown(f"setting of {model}", f"--model.{name}", [f"--model.{h}" for h in hints]))
+        typed = _convert(f"model.{name}", value, hints[name])
+        if isinstance(typed, int | float) and not 0 <= typed < inf:
+            raise SettingError(f"--model.{name} {value}: expected 0 or more")
+        found[name] = list(typed) if isinstance(typed, tuple) else typed
+    return found
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
@@ -234,21 +259,33 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     wrong = SettingError(f"--{name} {value}: expected {describe(hint)}")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
+        none = value is None or (isinstance(value, str) and value.lower() == "none")
+        if none and type(None) in arguments:
             return None
-        return _convert(name, value, next(a for a in arguments if a is not type(None)))
+        for kind in sorted(arguments, key=lambda a: a is str):  # any text is text: last
+            try:
+                return _convert(name, value, kind)
+            except SettingError:
+                continue
+        raise wrong
     if origin is Literal:
         if value not in arguments:
             raise wrong
         return value
-    if origin is tuple:
+    if isinstance(value, str) and (hint is dict or origin in (tuple, dict, Sequence)):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise wrong from None
+    if origin in (tuple, Sequence):
         if not isinstance(value, list | tuple):
             raise wrong
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        many = origin is Sequence or arguments[-1] is Ellipsis
+        kinds = [arguments[0]] * len(value) if many else list(arguments)
         if len(kinds) != len(value):
             raise wrong
         return tuple(_convert(name, v, kind) for v, kind in zip(value, kinds, strict=True))
-    if origin is dict:
+    if hint is dict or origin is dict:
         if not isinstance(value, dict):
             raise wrong
         return value
@@ -262,6 +299,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, str):
             raise wrong
         return value
+    if hint is type(None):
+        raise wrong
     try:
         number = float(value)
         if isinstance(value, bool) or (hint is int and number != int(number)):
@@ -281,7 +320,9 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         many = arguments[-1] is Ellipsis
         return f"any number of values ({describe(arguments[0])})" if many else f"{len(arguments)} numbers"
-    if origin is dict:
+    if origin is Sequence:
+        return f"a JSON list, each {describe(arguments[0])}"
+    if hint is dict or origin is dict:
         return "a JSON object"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return names.get(hint, str(hint))
@@ -300,22 +341,40 @@ def help_text(usage: str, base: Config) -> str:
     return "\n".join(lines)
 
 
+def command(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a command line and exits with its code; quietly where the reader of a pipe left (``| head``)."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        mute()
+        code = 141  # as a shell reports SIGPIPE
+    sys.exit(code)
+
+
+def mute() -> None:
+    """From here on standard output goes nowhere, the interpreter's last flush included."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def user_error(error: Exception) -> bool:
     """Whether one line is enough: the system or this package says that something given is wrong or missing."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     ours = trace is None or trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "avfast"
+    if isinstance(error, BrokenPipeError):
+        return False
     return isinstance(error, OSError) or (ours and isinstance(error, ValueError | ImportError))
 
 
-def fail(error: Exception, code: int = 2) -> int:
+def fail(error: BaseException, code: int = 2) -> int:
     """Prints one line on stderr and returns the exit code.
 
     What is wrong on every process alike (a setting, the run as a whole) is said by the first only.
     """
     rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or not isinstance(error, SettingError | RuntimeError):
+    if rank == 0 or not isinstance(error, SettingError | RuntimeError | KeyboardInterrupt):
         where = f"rank {rank}: " if rank else ""
         print(f"avfast: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code

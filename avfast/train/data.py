@@ -18,9 +18,16 @@ from avfast.train.config import Config, SettingError
 
 def sources(config: Config) -> tuple[ClipList, ClipList]:
     """Training and held-out clips. Demo clips are made by rank 0 while the others wait."""
-    if not config.data:
-        if config.eval_data or config.class_csv:
-            raise SettingError("--eval_data and --class_csv go with --data; the demo clips bring their own")
+    if config.class_csv and not any(map(is_manifest, config.data + config.eval_data)):
+        raise SettingError(
+            f"--class_csv {config.class_csv} goes with a manifest; demo clips have classes of their own, and those of a "
+            "folder are its sub-folders"
+        )
+    if config.data:
+        train = read(config.data, config.class_csv, config.weights_csv)
+        if not config.eval_data:
+            return split(train, config.eval_fraction)
+    else:
 
         def build() -> tuple[str, str, str]:
             from avfast.data.demo import build
@@ -29,14 +36,9 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
             return str(made.train), str(made.test), str(made.class_csv)
 
         train_json, test_json, class_csv = parallel.first_only(build)
-        return read_manifest(train_json, class_csv), read_manifest(test_json, class_csv)
-    if config.class_csv and not any(map(is_manifest, config.data + config.eval_data)):
-        raise SettingError(
-            f"--class_csv {config.class_csv} goes with a manifest; the classes of a folder are its sub-folders"
-        )
-    train = read(config.data, config.class_csv, config.weights_csv)
-    if not config.eval_data:
-        return split(train, config.eval_fraction)
+        train = read_manifest(train_json, class_csv)
+        if not config.eval_data:
+            return train, read_manifest(test_json, class_csv)
     # merged, so that a class has the same number on both sides
     both = merge([train, read(config.eval_data, config.class_csv, flag="--eval_data")])
     return both.take(range(len(train))), both.take(range(len(train), len(both)))
@@ -59,6 +61,15 @@ def check_pairs(found: Modalities, contrasts: bool) -> None:
     """Refuses to contrast sounds and pictures that belong to different clips; with one of them alone a run is said."""
     if contrasts and found.sound and found.pictures and not found.both:
         raise SettingError(f"--data: the model contrasts sound with pictures, and no clip has both ({found})")
+
+
+def digest(clips: ClipList) -> str:
+    """Which clips these are, and in which order: by id, modalities and weight, wherever their files are."""
+    found = hashlib.sha256()
+    for clip in clips.clips:
+        pictures = clip.video_path is not None or clip.frames_dir is not None
+        found.update(repr((clip.id, clip.audio_path is not None, pictures, clip.weight)).encode())
+    return f"{len(clips)} clips, {found.hexdigest()[:12]}"
 
 
 def share(clip_id: str) -> float:

@@ -1,13 +1,14 @@
 """Retrieval, linear probe and nearest neighbours of a trained model on held-out clips.
 
 ``python -m avfast.train.evaluate RUN [--eval_data PATH] [--field value ...]`` evaluates the newest checkpoint of a run
-folder (or the given checkpoint folder) and writes ``RUN/evaluation-step-N.json``.
+folder (or the given checkpoint folder) and writes ``evaluation-step-N.json`` there; where the flags name other clips
+than the run's own, ``evaluation-step-N-CLIPS-DIGEST.json``.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,13 @@ from avfast.tasks.knn import nearest_neighbour
 from avfast.tasks.probe import linear_probe
 from avfast.tasks.retrieval import retrieval
 from avfast.train import checkpoint, data, parallel
-from avfast.train.config import Config, SettingError, fail, from_json, help_text, parse, user_error
+from avfast.train.config import Config, SettingError, command, fail, help_text, parse, user_error
+from avfast.train.log import plain_warnings
 from avfast.train.recipes import RECIPES
 
 USAGE = "python -m avfast.train.evaluate RUN [--field value ...]"
+# Settings by which other clips than the run's own are judged.
+CLIPS = {"data", "class_csv", "eval_data", "eval_fraction", "eval_clips", "demo_set", "demo_clips"}
 
 
 def features(model: nn.Module, config: Config, clips: ClipList | ClipDataset, device: torch.device) -> dict[str, Any]:
@@ -47,17 +51,23 @@ def evaluate(
     """Scores of a model and the files that could not be read.
 
     Returns:
-        ``{"retrieval": ..., "probe": ..., "neighbours": ..., "notes": [...]}`` and the failures. What the model or the
-        clips do not offer is None, and ``notes`` say why: retrieval needs a model that contrasts the modalities, the
-        others classes. ``retrieval`` has ``within_group`` where ``group_parts`` is set and the clips have classes.
+        What :func:`nothing` names, and the failures. What the model or the clips do not offer is None, and ``notes``
+        say why: retrieval needs a model that contrasts the modalities, the others classes. ``retrieval`` has
+        ``within_group`` where ``group_parts`` is set and the clips have classes. ``diverged`` says which features are
+        not finite; there are no scores then.
     """
-    scores: dict[str, Any] = {"retrieval": None, "probe": None, "neighbours": None, "notes": []}
+    scores = nothing()
     held_out = data.first(held_out, config.eval_clips)
     if len(held_out) < 2:
         scores["notes"].append(f"{len(held_out)} clips held out; give --eval_data or a larger --eval_fraction")
         return scores, []
     test = features(model, config, held_out, device)
     failures = list(test["failures"])
+    broken = [kind for kind in KINDS if not torch.isfinite(test[kind]).all()]
+    if broken:
+        scores["diverged"] = f"the {' and '.join(broken)} features are not finite"
+        scores["notes"].append(f"{scores['diverged']}: no scores")
+        return scores, failures
     pairs = test["has_audio"] & test["has_visual"]
     if not getattr(model, "contrastive_weight", 0):
         scores["notes"].append("the model does not contrast sound and pictures: no retrieval")
@@ -79,6 +89,11 @@ def evaluate(
     failures += fitted["failures"]
     scores["probe"] = probes(fitted, test, config.probe_l2, scores["notes"])
     return scores, failures
+
+
+def nothing() -> dict[str, Any]:
+    """The record of an evaluation before anything is known."""
+    return {"retrieval": None, "probe": None, "neighbours": None, "notes": [], "diverged": None}
 
 
 def neighbours(found: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
@@ -149,9 +164,18 @@ def group_ids(clips: ClipList, index: Tensor, parts: int) -> Tensor | None:
     return torch.tensor([numbers[name] for name in names])
 
 
+READS = {
+    "joint": "audio and visual features side by side",
+    "fused": "tokens in which both have met",
+    "sum": "similarities of all kinds added",
+}
+MEAN_SHARE = "mean share of clips with the class"
+
+
 def table(scores: dict[str, Any]) -> str:
-    """The scores as a small table, chance beside them."""
-    lines = []
+    """The scores as a small table, chance beside them, and what the words in it mean."""
+    lines: list[str] = []
+    shown: set[str] = set()
     found = scores["retrieval"]
     for title, part in (("retrieval", found), ("within group", (found or {}).get("within_group"))):
         if part:
@@ -160,51 +184,77 @@ def table(scores: dict[str, Any]) -> str:
             )
             for direction in ("audio_to_visual", "visual_to_audio", "chance"):
                 values = [f"{v:9.1f}" if k == "MdR" else f"{v:9.1%}" for k, v in part[direction].items()]
-                lines.append(f"  {direction.replace('_', ' '):28}" + "".join(values))
+                reason = ""
+                if direction == "chance":
+                    of = "the group" if title == "within group" else f"{part['gallery']}"
+                    reason = f"  (one partner among {of}, ranked at random)"
+                lines.append(f"  {direction.replace('_', ' '):28}" + "".join(values) + reason)
     if probe := scores["probe"]:
         key = "accuracy" if "accuracy" in probe else "mAP"
         lines.append(f"{'linear probe':30}{key:>9}")
-        for name, value in {"joint": probe[key], **{kind: probe[kind] for kind in KINDS if kind in probe}}.items():
-            lines.append(f"  {name:28}{value:9.1%}")
-        lines.append(f"  {'chance':28}{probe['chance']:9.1%}")
+        rows = {"joint": probe[key], **{kind: probe[kind] for kind in KINDS if kind in probe}}
+        lines += [f"  {name:28}{value:9.1%}" for name, value in rows.items()]
+        why = f"1 of {round(1 / probe['chance'])} classes" if key == "accuracy" else MEAN_SHARE
+        lines.append(f"  {'chance':28}{probe['chance']:9.1%}  ({why})")
+        shown |= rows.keys()
     if near := scores["neighbours"]:
         lines.append(f"{'nearest neighbour':30}{near['score']:>9}")
-        for name in (*KINDS, "sum", "chance"):
-            if name in near:
-                lines.append(f"  {name:28}{near[name]:9.1%}")
+        rows = {name: near[name] for name in (*KINDS, "sum") if name in near}
+        lines += [f"  {name:28}{value:9.1%}" for name, value in rows.items()]
+        one = "another clip drawn at random has the class"
+        why = one if near["score"] == "accuracy" else MEAN_SHARE
+        lines.append(f"  {'chance':28}{near['chance']:9.1%}  ({why})")
+        shown |= rows.keys()
+    if words := [f"{name}: {text}" for name, text in READS.items() if name in shown]:
+        lines.append("; ".join(words))
     return "\n".join(lines + [f"note: {note}" for note in scores["notes"]])
 
 
+def report_path(path: Path, changes: dict[str, Any], held_out: ClipList) -> Path:
+    """Where the scores of a checkpoint go: a file of its own for each set of clips that is not the run's."""
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    name = f"evaluation-{path.name}"
+    if CLIPS & set(changes):
+        given = "-".join(Path(p).stem for p in changes.get("eval_data") or changes.get("data") or ()) or "clips"
+        words = re.sub(r"[^\w.-]+", "_", given)[:60]
+        name += f"-{words}-{data.digest(held_out).split()[-1]}"
+    return folder / f"{name}.json"
+
+
 def main(arguments: Sequence[str]) -> int:
-    """The command line. Returns the exit code."""
+    """The command line. Returns the exit code: 0, 1 for a model that has diverged, 2 for wrong settings."""
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(help_text(USAGE, RECIPES["demo"]()))
         return 0
-    try:
-        where, changes = parse(arguments, RECIPES, positional="run")
-        if where is None:
-            raise SettingError(f"expected a run folder: {USAGE}")
-        if unfit := {"config", "model", "model_args"} & set(changes):
-            raise SettingError(f"--{min(unfit)}: the run's own settings say what the model is")
-        path = checkpoint.find(where)
-        config = replace(from_json(path.parent.parent / "config.json"), **changes)
-        device = parallel.start(config.device)
-        train, held_out = data.sources(config)
-        model = checkpoint.load_model(path).to(device)
-        scores, failures = evaluate(model, config, train, held_out, device)
-    except Exception as error:
-        if not user_error(error):
-            raise
-        return fail(error)
-    finally:
-        parallel.stop()
-    if parallel.rank() == 0:
-        scores["bad_files"] = {failure.path: failure.reason for failure in failures}
-        report = Path(path.parent.parent / f"evaluation-{path.name}.json")
-        report.write_text(json.dumps(scores, indent=2) + "\n")
-        print(f"{table(scores)}\nwritten to {report}")
-    return 0
+    with plain_warnings():
+        try:
+            where, changes = parse(arguments, RECIPES, positional="run")
+            if where is None:
+                raise SettingError(f"expected a run folder: {USAGE}")
+            if unfit := {"config", "model", "model_args"} & set(changes):
+                raise SettingError(f"--{min(unfit)}: the run's own settings say what the model is")
+            path = checkpoint.find(where).absolute()
+            config = replace(checkpoint.settings_of(path), **changes)
+            device = parallel.start(config.device)
+            train, held_out = data.sources(config)
+            model = checkpoint.load_model(path).to(device)
+            scores, failures = evaluate(model, config, train, held_out, device)
+            if parallel.rank() == 0:
+                shown = {name: value for name, value in changes.items() if name in CLIPS}
+                scores["clips"] = {"held_out": data.digest(data.first(held_out, config.eval_clips)), **shown}
+                scores["bad_files"] = {failure.path: failure.reason for failure in failures}
+                report = report_path(path, changes, data.first(held_out, config.eval_clips))
+                report.write_text(json.dumps(scores, indent=2) + "\n")
+                print(f"{table(scores)}\nwritten to {report}")
+            parallel.stop(together=True)
+        except Exception as error:
+            if not user_error(error):
+                raise
+            return fail(error)
+        finally:
+            parallel.stop()
+    return 1 if scores["diverged"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command(main)

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from avfast.train.config import mute
 from avfast.train.parallel import rank
+
+
+def encodable(text: str) -> str:
+    """What standard output can write of a text; names of files need not be of its encoding."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within it a warning is a line of the log, without file, line number and source; said by rank 0 alone."""
+
+    def show(message: object, *where: object, **how: object) -> None:
+        if rank() == 0:
+            print(encodable(f"warning: {' '.join(str(message).split())}"), flush=True)
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            show(record.getMessage())
+
+    handler, logger = Lines(logging.WARNING), logging.getLogger("avfast")
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
 
 
 class Log:
@@ -49,8 +81,11 @@ class Log:
             return
         if self.bar is not None:
             self.bar.clear()
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # file names need not be of it
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        try:
+            print(encodable(text), flush=True)
+        except BrokenPipeError:  # hours of training are worth more than the reader of a pipe
+            mute()
+            print(f"avfast: nobody reads the log any more; the run goes on, see {self.path}", file=sys.stderr)
 
     def progress(self, total: int) -> Callable[[Iterable[int]], Iterable[int]]:
         """What wraps a loop of ``total`` items in a bar on a terminal, and does nothing elsewhere."""

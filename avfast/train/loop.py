@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from avfast.data.clip_list import ClipList
 from avfast.data.clips import BadFiles, Batch, ClipDataset, StepBatches, make_loader
@@ -19,8 +24,18 @@ from avfast.train import checkpoint, data, parallel
 from avfast.train.config import Config, SettingError
 from avfast.train.evaluate import Neighbours
 from avfast.train.log import Log
-from avfast.train.monitor import Window, account
-from avfast.train.setup import build_model, check_same, resume_point, run_folder, seed_everything, whole_model
+from avfast.train.monitor import Signals, Stopped, Window, account
+from avfast.train.setup import (
+    build_model,
+    check_clips,
+    check_compiler,
+    check_same,
+    open_folder,
+    resume_point,
+    run_folder,
+    seed_everything,
+    whole_model,
+)
 from avfast.train.summary import finish
 from avfast.train.trainer import Trainer, learning_rate, unimodal_factor
 
@@ -30,15 +45,51 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises:
         SettingError: a setting is wrong or does not fit the checkpoint.
-        RunError: too many bad files, or a loss that is not finite.
+        RunError: too many bad files, a loss or features that are not finite.
+        Stopped: by SIGINT or SIGTERM, with a checkpoint where a step was taken.
     """
     seed_everything(config)
     device = parallel.start(config.device)
     out = run_folder(config)
+    new = not out.exists()
+    with Signals() as signals:
+        try:
+            return _run(config, device, out, signals)
+        except KeyboardInterrupt:
+            raise Stopped(how_to_continue(out, signals.number), signals.number or signal.SIGINT) from None
+        finally:
+            # on every way out, so that a run that came to nothing leaves nothing
+            if new and parallel.rank() == 0 and is_empty(out):
+                shutil.rmtree(out, ignore_errors=True)
+
+
+def how_to_continue(out: Path, number: int) -> str:
+    """One line for who stopped a run."""
+    name = signal.Signals(number or signal.SIGINT).name
+    found = checkpoint.complete(out / "checkpoints")
+    if not found:
+        return f"{name} before the first checkpoint: nothing to continue"
+    many = world_size()
+    launch = "python" if many == 1 else f"torchrun --nproc_per_node={many}"
+    step = found[-1].name.removeprefix("step-")
+    return f"{name}: {found[-1]} holds the run after step {step}; continue: {launch} -m avfast.train --resume {out}"
+
+
+def is_empty(out: Path) -> bool:
+    """Whether a run folder holds nothing that a step has made."""
+    metrics = out / "metrics.jsonl"
+    made = checkpoint.complete(out / "checkpoints") or (out / "summary.json").exists()
+    return not made and not (metrics.exists() and metrics.stat().st_size)
+
+
+def _run(config: Config, device: torch.device, out: Path, signals: Signals) -> dict[str, Any]:
+    """The run, once processes, device and run folder are known."""
     resumed = resume_point(config, out)
     train, held_out = data.sources(config)
     if not train.clips:
         raise SettingError(f"no clips to train on: all {len(held_out)} were held out")
+    if config.compile:
+        check_compiler(device)
     clips = data.shuffled(train, config.seed) if config.shuffle_pairs else train
     trainer = Trainer(build_model(config, fresh=resumed is None).to(device), config, device)
     found = parallel.first_only(lambda: modalities(train.clips))
@@ -55,21 +106,23 @@ def run(config: Config) -> dict[str, Any]:
     )
     per_epoch = batches.steps_per_epoch / config.accumulate
     total = ceil(config.epochs * per_epoch) if config.steps is None else config.steps
-    start = 0
+    start, digest, others = 0, data.digest(train), False
     if resumed is not None:
         model_state, state = checkpoint.load(resumed)
         check_same(config, state, resumed)
+        others = check_clips(config, state, digest, resumed)
         trainer.load(model_state, state)
         start = state["step"]
         bad.reasons.update(state["bad_files"])
     total = max(total, start)
-    if parallel.rank() == 0:
-        (out / "config.json").write_text(config.to_json())
+    open_folder(config, out)
     log = Log(out, total, start, config.tensorboard)
     try:
         introduce(trainer, train, held_out, log, total, start, out)
         for line in dict.fromkeys((*train.notes, *held_out.notes, str(found))):
             log.say(line)
+        if others:
+            log.say("the training clips are others than before, as --other_clips allows")
         dataset = ClipDataset(
             clips,
             frontend=trainer.model.frontend,
@@ -87,7 +140,8 @@ def run(config: Config) -> dict[str, Any]:
         probe = None
         if config.neighbours_every and len(held_out) > 1 and held_out.class_names:
             probe = Neighbours(config, held_out, trainer.model.frontend)
-        speed = fit(trainer, clips, iter(loader), log, bad, out, start, total, per_epoch, probe)
+        keep = partial(save, trainer, out, bad, digest)
+        speed = fit(trainer, clips, iter(loader), log, bad, keep, signals, start, total, per_epoch, probe)
         short = len(set().union(*parallel.gather(loader.short)))
         truncated = sorted(set().union(*parallel.gather(loader.truncated)))
         files = {"short_clips": short, "truncated_files": truncated, "modalities": asdict(found)}
@@ -126,7 +180,8 @@ def fit(
     loader: Iterator[Batch],
     log: Log,
     bad: BadFiles,
-    out: Path,
+    keep: Callable[[int], None],
+    signals: Signals,
     start: int,
     total: int,
     per_epoch: float,
@@ -137,8 +192,14 @@ def fit(
     every = config.checkpoint_every or max(round(per_epoch), 1)
     probe_every = max(round((config.neighbours_every or 0) * per_epoch), 1)
     window = Window()
-    done, seconds = 0, 0.0
+    done, seconds, kept = 0, 0.0, start
+    signals.stepping = True
     for step in range(start, total):
+        if signals.asked():
+            if kept < step:
+                window.close(clips, bad, log)  # nothing that is not finite is kept
+                keep(step)
+            raise KeyboardInterrupt
         batches = list(islice(loader, config.accumulate))
         rate = learning_rate(config, step, per_epoch, total)
         window.add(step + 1, trainer.step(batches, rate, unimodal_factor(config, step, total)), batches)
@@ -153,12 +214,16 @@ def fit(
                 row["neighbours"] = probe(whole_model(trainer), trainer.device)
             log.record(step + 1, row)
             if saves:
-                save(trainer, out, step + 1, bad)
+                keep(step + 1)
+                kept = step + 1
             window = Window()  # the clock starts after probing and writing
+    if signals.asked(last=True):
+        raise KeyboardInterrupt
+    signals.stepping = False
     return done / seconds if seconds else None
 
 
-def save(trainer: Trainer, out: Path, step: int, bad: BadFiles) -> None:
+def save(trainer: Trainer, out: Path, bad: BadFiles, digest: str, step: int) -> None:
     """A checkpoint of the whole run, written by rank 0."""
     config = trainer.config
     model = trainer.model_state()
@@ -166,6 +231,7 @@ def save(trainer: Trainer, out: Path, step: int, bad: BadFiles) -> None:
         "step": step,
         "config": json.loads(config.to_json()),
         "global_batch": config.batch_size * world_size(),
+        "clips": digest,
         "bad_files": bad.reasons,
     }
     parallel.first_only(

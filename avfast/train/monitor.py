@@ -2,20 +2,83 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from avfast.data.clips import BadFiles, Batch, Failure, TooManyBadFiles
 from avfast.data.manifest import ClipList
+from avfast.distributed import world_size
 from avfast.train import parallel
 from avfast.train.log import Log
 
 
 class RunError(RuntimeError):
-    """The run cannot go on: too many bad files, or a loss that is not finite."""
+    """The run cannot go on: too many bad files, a loss or features that are not finite."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; the message says how to continue it."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Signals:
+    """SIGINT and SIGTERM while a run goes on, as a context.
+
+    While steps are taken, the first signal ends the run between two of them, the same two on every process. A second
+    one, or one at another time, raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.stepping = False
+        self._before: dict[int, Any] = {}
+        self._sent: tuple[Any, torch.Tensor] | None = None
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self._before = {n: signal.signal(n, self._met) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _met(self, number: int, frame: FrameType | None) -> None:
+        again, self.number = self.number, number
+        if again or not self.stepping:
+            raise KeyboardInterrupt
+        if parallel.rank() == 0:
+            os.write(2, b"avfast: stopping after this step with a checkpoint; once more: at once\n")
+
+    def asked(self, last: bool = False) -> bool:
+        """Whether the run is to end here. Every process calls it before each step, and as ``last`` after all of them.
+
+        The processes tell each other during a step and hear it before the next, so that none of them waits.
+        """
+        if world_size() == 1:
+            return self.number > 0
+        heard = 0
+        if self._sent is not None:
+            work, flag = self._sent
+            work.wait()
+            heard, self._sent = int(flag), None
+        if heard:
+            self.number = heard
+        elif not last:
+            flag = torch.tensor([self.number])
+            self._sent = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
+        return heard > 0
 
 
 class Window:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +17,7 @@ from avfast.distributed import world_size
 from avfast.train.config import Config, SettingError
 
 T = TypeVar("T")
+_store: dist.Store | None = None  # of the process group
 
 
 def rank() -> int:
@@ -40,14 +42,27 @@ def start(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise SettingError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        global _store
+        _store, own, size = next(dist.rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store, rank=own, world_size=size)
     return device
 
 
-def stop() -> None:
-    """Leaves the process group."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def stop(together: bool = False) -> None:
+    """Leaves the process group; ``together``: not before every process has come here.
+
+    A process that leaves closes its connections, which the others may still be writing to at the end of their last
+    exchange. No collective can tell when that is over for all, so the processes count themselves in the store.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if together and _store is not None:
+        with suppress(RuntimeError):  # the store ends with the first process, which may go once all are counted
+            if _store.add("avfast/left", 1) == world_size():
+                _store.set("avfast/all left", "")
+            _store.wait(["avfast/all left"], timedelta(seconds=60))
+    dist.destroy_process_group()
 
 
 def gather(value: T) -> list[T]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from avfast.distributed import world_size
 from avfast.train import checkpoint, parallel
-from avfast.train.config import Config, SettingError
+from avfast.train.config import Config, SettingError, model_settings
 
 if TYPE_CHECKING:
     from avfast.train.trainer import Trainer
@@ -25,7 +26,9 @@ FREE = {
     "out", "resume", "epochs", "steps", "device", "workers", "cache_media", "shard", "checkpoint_activations",
     "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "pictures", "evaluate", "eval_clips",
     "probe_clips", "probe_l2", "neighbours_every", "group_parts", "max_bad_files", "eval_data", "timm", "init_ast",
-    "init_audio", "init_from", "batch_size", "paper_batch", "compile", "cuda_graph",
+    "init_audio", "init_from", "batch_size", "paper_batch", "compile", "cuda_graph", "other_clips",
+    # which clips these give is compared, not how they are called
+    "data", "class_csv", "weights_csv", "eval_fraction", "demo_set", "demo_clips",
 }  # fmt: skip
 
 
@@ -41,18 +44,26 @@ def seed_everything(config: Config) -> None:
 
 
 def run_folder(config: Config) -> Path:
-    """The run folder, made; the same on every process."""
+    """The run folder, not made yet; the same on every process."""
 
-    def make() -> str:
+    def choose() -> str:
         out = Path(config.out or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-        checkpoints = out / "checkpoints"
-        if config.resume is None and checkpoint.complete(checkpoints):
+        if config.resume is None and checkpoint.complete(out / "checkpoints"):
             raise SettingError(f"--out {out} holds checkpoints: continue with --resume auto or choose another folder")
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint.clean(checkpoints)
         return str(out)
 
-    return Path(parallel.first_only(make))
+    return Path(parallel.first_only(choose))
+
+
+def open_folder(config: Config, out: Path) -> None:
+    """Makes the run folder, once nothing speaks against the run any more, with its config.json."""
+
+    def make() -> None:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        checkpoint.clean(out / "checkpoints")
+        (out / "config.json").write_text(config.to_json())
+
+    parallel.first_only(make)
 
 
 def resume_point(config: Config, out: Path) -> Path | None:
@@ -78,15 +89,38 @@ def check_same(config: Config, saved: dict[str, Any], path: Path) -> None:
         raise SettingError(f"--resume {path}: settings differ from the checkpoint's: {'; '.join(changed)}")
 
 
+def check_clips(config: Config, saved: dict[str, Any], digest: str, path: Path) -> bool:
+    """Whether the training clips are others than the checkpoint's, which is refused unless ``other_clips`` is set."""
+    before = saved.get("clips", digest)  # checkpoints of version 0.1 do not know
+    if before != digest and not config.other_clips:
+        raise SettingError(
+            f"--resume {path}: the training clips are others than the checkpoint's ({before} -> {digest}); "
+            "--other_clips continues with them"
+        )
+    return before != digest
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises SettingError where torch.compile will find no compiler to build its kernels with."""
+    variable, names = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++", "clang++", "c++"))
+    own = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ([own] if own else names)):
+        missing = own or " or ".join(names[:2])
+        raise SettingError(f"--compile needs a C++ compiler: no {missing} found; install one or set {variable}")
+
+
 def build_model(config: Config, fresh: bool = True) -> nn.Module:
     """The model with the weights it starts from."""
     from avfast.models import create_model
 
+    arguments = model_settings(config.model, config.model_args)
     try:
-        model = create_model(config.model, **config.model_args)
+        model = create_model(config.model, **arguments)
         model.frontend  # noqa: B018 (its arguments are checked on first use)
-    except (TypeError, ValueError, KeyError) as error:
-        raise SettingError(f"--model {config.model}: {error}") from None
+    except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError, AssertionError) as error:
+        given = "".join(f" --model.{name} {value}" for name, value in arguments.items())
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SettingError(f"--model {config.model}{given}: {reason}") from error
     if fresh:
         for flag in ("timm", "init_ast", "init_audio"):
             if getattr(config, flag):

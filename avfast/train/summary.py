@@ -12,9 +12,9 @@ from avfast.data.clips import BadFiles, ClipDataset, eval_loader
 from avfast.data.manifest import ClipList
 from avfast.distributed import world_size
 from avfast.train import data, parallel
-from avfast.train.evaluate import evaluate, table
+from avfast.train.evaluate import evaluate, nothing, table
 from avfast.train.log import Log
-from avfast.train.monitor import account
+from avfast.train.monitor import RunError, account
 from avfast.train.pictures import draw_fusion, draw_losses, draw_reconstructions, fusion_maps, reconstructions
 from avfast.train.setup import whole_model
 from avfast.train.trainer import Trainer
@@ -33,7 +33,7 @@ def finish(
 ) -> dict[str, Any]:
     """Evaluation, pictures and summary.json; ``files`` is what is known of the training clips' files."""
     config, model = trainer.config, whole_model(trainer)
-    summary: dict[str, Any] = {"retrieval": None, "probe": None, "neighbours": None, "notes": []}
+    summary: dict[str, Any] = nothing()
     if config.evaluate:
         summary, failures = evaluate(model, config, train, held_out, trainer.device)
         account(bad, failures, log)
@@ -54,6 +54,8 @@ def finish(
     if parallel.rank() == 0:
         draw_losses(log.path, out / "loss.png")
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if summary["diverged"]:
+        raise RunError(f"{summary['diverged']}: the model has diverged and has no scores; the rest is in {out}")
     log.say(f"summary, pictures and checkpoints are in {out}")
     return summary
 

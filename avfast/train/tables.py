@@ -7,14 +7,14 @@ Figures are the papers', measured on their machines; nothing here was measured w
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from avfast.train.config import SettingError, fail, unknown
+from avfast.train.config import SettingError, command, fail, unknown
 from avfast.train.recipes import RECIPES
 
+USAGE = "python -m avfast.train.tables [--table NAME]"
 AVSIAM = "AVSiam (arXiv:2403.19638)"
 FUSION = "DeepAVFusion (arXiv:2312.01017)"
 TITLES = {
@@ -320,6 +320,9 @@ def _figure(row: Row, column: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns the exit code: 0, or 2 for an unknown table."""
     rows = ROWS
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE + "\n\ntables:\n" + "\n".join(f"  {name:18} {title}" for name, title in TITLES.items()))
+        return 0
     if arguments:
         words = [part for word in arguments for part in word.split("=", 1)]
         if len(words) != 2 or words[0] != "--table":
@@ -332,4 +335,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command(main)
