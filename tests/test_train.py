@@ -56,6 +56,14 @@ def mixed(clips, tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def plain(clips, tmp_path_factory):
+    """The folder of a small run that is over; not to be written to."""
+    out = tmp_path_factory.mktemp("runs") / "plain"
+    run(settings(out, clips))
+    return out
+
+
 def settings(out, clips, **changes):
     """A small run that takes a second or two."""
     base = replace(demo(), data=(clips.train,), class_csv=clips.classes, eval_data=(clips.test,), batch_size=4, **QUIET)
@@ -91,37 +99,6 @@ def assert_same(a, b):
 
 
 KILLED = """
-import os, signal, sys
-from avfast.train import checkpoint
-from avfast.train.__main__ import main
-save = checkpoint.save
-def saved(folder, step, *rest):
-    save(folder, step, *rest)
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save = saved
-main(sys.argv[1:])
-"""
-
-
-def test_killed_and_resumed_is_bit_for_bit(tmp_path, clips):
-    """10 steps == 5 steps, kill -9, --resume auto, 5 steps; two optimisers, accumulation, clipping."""
-    changes = {"checkpoint_every": 5, "accumulate": 2, "model_args": MODEL | {"objective": "released"}}
-    whole = replace(settings(tmp_path / "whole", clips), steps=10, **changes)
-    run(whole)
-    code, _ = python(KILLED, *arguments(replace(whole, out=str(tmp_path / "killed"))))
-    assert code == -signal.SIGKILL
-    assert [p.name for p in checkpoint.complete(tmp_path / "killed/checkpoints")] == ["step-5"]
-    code, text = python(
-        "import sys; from avfast.train.__main__ import main; sys.exit(main(sys.argv[1:]))",
-        *["--resume", "auto", "--out", str(tmp_path / "killed")],
-    )
-    assert code == 0, text
-    assert_same(tmp_path / "whole/checkpoints/step-10", tmp_path / "killed/checkpoints/step-10")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) == 10
-
-
-KILLED_WRITING = """
 import os, signal, sys, torch
 from avfast.train.__main__ import main
 save, calls = torch.save, []
@@ -136,18 +113,49 @@ main(sys.argv[1:])
 """
 
 
-def test_a_kill_while_writing_loses_that_checkpoint_only(tmp_path, clips):
-    whole = settings(tmp_path / "whole", clips, checkpoint_every=2)
+def test_killed_and_resumed_is_bit_for_bit(tmp_path, clips):
+    """6 steps == kill -9 while the second checkpoint is written, --resume; two optimisers, accumulation, clipping."""
+    changes = {"checkpoint_every": 2, "accumulate": 2, "model_args": MODEL | {"objective": "released"}}
+    whole = replace(settings(tmp_path / "whole", clips), steps=6, **changes)
     run(whole)
-    killed = replace(whole, out=str(tmp_path / "killed"))
-    code, _ = python(KILLED_WRITING, *arguments(killed))
+    code, _ = python(KILLED, *arguments(replace(whole, out=str(tmp_path / "killed"))))
     folder = tmp_path / "killed/checkpoints"
     assert code == -signal.SIGKILL and sorted(p.name for p in folder.iterdir()) == [".writing-step-4", "step-2"]
     (folder / "step-9").mkdir()  # as a copy that was cut short leaves it
     (folder / "step-9" / checkpoint.MODEL).write_bytes(b"x")
-    run(replace(killed, resume="auto"))
+    assert main(["--resume", str(tmp_path / "killed")]) == 0
     assert not (folder / ".writing-step-4").exists()
-    assert_same(tmp_path / "whole/checkpoints/step-4", folder / "step-4")
+    assert_same(tmp_path / "whole/checkpoints/step-6", folder / "step-6")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(number, tmp_path, clips, monkeypatch, capfd):
+    step, out, before = Trainer.step, tmp_path / "run", signal.getsignal(number)
+
+    def met(self, batches, *rates):
+        found = step(self, batches, *rates)
+        if batches[0].step == 1:
+            os.kill(os.getpid(), number)
+        return found
+
+    monkeypatch.setattr(Trainer, "step", met)
+    assert main(arguments(settings(out, clips, checkpoint_every=4))) == 128 + number
+    assert [p.name for p in checkpoint.complete(out / "checkpoints")] == ["step-2"]
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2 and "stopping after this step" in said[0]
+    assert f"{number.name}: " in said[1] and f"-m avfast.train --resume {out}" in said[1]
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    if number == signal.SIGTERM:
+        assert main(["--resume", str(out)]) == 0
+        assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, clips, monkeypatch, capsys):
+    monkeypatch.setattr("avfast.train.loop.fit", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main(arguments(settings(tmp_path / "run", clips))) == 130
+    assert "nothing to continue" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("shard", ["none", pytest.param("fsdp2", marks=pytest.mark.slow)])
@@ -218,15 +226,13 @@ def test_accumulation_is_the_mean_gradient(clips):
         pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
 )
-def test_what_must_not_change_the_losses(change, tmp_path, clips):
-    run(
-        settings(tmp_path / "plain", clips, cache_media=False, workers=0)
-        if "workers" in change
-        else settings(tmp_path / "plain", clips)
-    )
+def test_what_must_not_change_the_losses(change, tmp_path, clips, plain):
     run(replace(settings(tmp_path / "changed", clips), **change))
+    if "workers" in change:  # decoded per step: other windows than out of the cache
+        run(settings(tmp_path / "plain", clips, cache_media=False, workers=0))
+        plain = tmp_path / "plain"
     tolerance = 2e-2 if "precision" in change else 1e-5 if "compile" in change else 0
-    assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance, abs=0)
+    assert losses(tmp_path / "changed") == pytest.approx(losses(plain), rel=tolerance, abs=0)
 
 
 def test_half_precision_has_a_scaler_per_branch(tmp_path, clips):
@@ -319,7 +325,7 @@ def test_a_loss_that_is_not_finite_names_step_and_clips(tmp_path, clips, monkeyp
             "--cuda_graph needs a CUDA device, the run is on cpu",
         ),
         (["--weights_csv", "x.csv", "--data", "{empty}"], "--weights_csv: expected 0"),
-        (["--class_csv", "x.csv"], "go with --data"),
+        (["--class_csv", "x.csv"], "--class_csv x.csv goes with --data or --eval_data"),
         (["--demo_set", "tny", "--clips", "3"], "unknown flag '--clips'"),
     ],
 )
@@ -333,11 +339,11 @@ def test_wrong_settings_are_answered_in_one_line(words, says, tmp_path, clips, c
     assert main([*words, "--steps", "1", "--batch_size", "4", "--no-tensorboard"]) == 2
     printed = capsys.readouterr()
     assert says in printed.err and printed.err.count("\n") == 1, printed.err
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_not_continued_by_accident(tmp_path, clips):
-    config = settings(tmp_path / "run", clips)
-    run(config)
+def test_a_run_is_not_continued_by_accident(clips, plain):
+    config = settings(plain, clips)
     with pytest.raises(SettingError, match="holds checkpoints"):
         run(config)
     with pytest.raises(SettingError, match=r"lr 0.0015 -> 0.5; clips per forward pass over all processes 4 -> 8"):

@@ -23,6 +23,11 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
             f"--class_csv {config.class_csv} goes with a manifest; demo clips have classes of their own, and those of a "
             "folder are its sub-folders"
         )
+    if config.class_csv and not any(map(is_manifest, config.data + config.eval_data)):
+        raise SettingError(
+            f"--class_csv {config.class_csv} goes with a manifest; demo clips have classes of their own, and those of a "
+            "folder are its sub-folders"
+        )
     if config.data:
         train = read(config.data, config.class_csv, config.weights_csv)
         if not config.eval_data:

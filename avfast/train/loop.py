@@ -192,19 +192,16 @@ def fit(
     every = config.checkpoint_every or max(round(per_epoch), 1)
     probe_every = max(round((config.neighbours_every or 0) * per_epoch), 1)
     window = Window()
-    done, seconds, kept = 0, 0.0, start
+    done, seconds = 0, 0.0
     signals.stepping = True
     for step in range(start, total):
-        if signals.asked():
-            if kept < step:
-                window.close(clips, bad, log)  # nothing that is not finite is kept
-                keep(step)
-            raise KeyboardInterrupt
         batches = list(islice(loader, config.accumulate))
         rate = learning_rate(config, step, per_epoch, total)
         window.add(step + 1, trainer.step(batches, rate, unimodal_factor(config, step, total)), batches)
         log.advance()
-        saves = (step + 1) % every == 0 or step + 1 == total
+        last = step + 1 == total
+        stopped = signals.asked(last)
+        saves = (step + 1) % every == 0 or last or stopped
         probes = probe is not None and (step + 1) % probe_every == 0
         if saves or probes or (step + 1) % config.log_every == 0:
             row = window.close(clips, bad, log)
@@ -215,10 +212,9 @@ def fit(
             log.record(step + 1, row)
             if saves:
                 keep(step + 1)
-                kept = step + 1
+            if stopped:
+                raise KeyboardInterrupt
             window = Window()  # the clock starts after probing and writing
-    if signals.asked(last=True):
-        raise KeyboardInterrupt
     signals.stepping = False
     return done / seconds if seconds else None
 

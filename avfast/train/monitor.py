@@ -62,9 +62,9 @@ class Signals:
             os.write(2, b"avfast: stopping after this step with a checkpoint; once more: at once\n")
 
     def asked(self, last: bool = False) -> bool:
-        """Whether the run is to end here. Every process calls it before each step, and as ``last`` after all of them.
+        """Whether the run is to end here. Every process calls it after each step; nothing is sent after the ``last``.
 
-        The processes tell each other during a step and hear it before the next, so that none of them waits.
+        What the processes send each other after a step they read after the next, so that none of them waits.
         """
         if world_size() == 1:
             return self.number > 0

@@ -70,8 +70,15 @@ def build_folder(preset: Preset, seed: int, folder: Path, workers: int, progress
     """Fills ``folder`` unless it exists. It appears complete or not at all, whoever is interrupted or builds it too."""
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(f".{folder.name}.lock")):
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise OSError(
+            f"demo clips cannot be written to {folder.parent} ({error.strerror}); set AVFAST_CACHE to a writable folder"
+        ) from None
+    with _lock(lock):
         if folder.exists():
             return
         for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
