@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_names_step_and_clips(tmp_path, clips, monkeyp
             "--cuda_graph needs a CUDA device, the run is on cpu",
         ),
         (["--weights_csv", "x.csv", "--data", "{empty}"], "--weights_csv: expected 0"),
-        (["--class_csv", "x.csv"], "--class_csv x.csv goes with --data or --eval_data"),
+        (["--class_csv", "x.csv"], "--class_csv x.csv goes with a manifest"),
         (["--demo_set", "tny", "--clips", "3"], "unknown flag '--clips'"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -315,7 +316,10 @@ def _end_with_trainer(worker: int) -> None:
     """Lets a loader worker end when its trainer does, however that ends.
 
     torch's own watchdog waits for the worker's parent, which here is the fork server: it lives as long as its workers.
+    Signals, which a terminal and torchrun send to whole groups, are the trainer's to answer: it may need another batch.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()  # whose end closes a pipe that it alone holds open
 
     def watch() -> None:

@@ -20,12 +20,7 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
     """Training and held-out clips. Demo clips are made by rank 0 while the others wait."""
     if config.class_csv and not any(map(is_manifest, config.data + config.eval_data)):
         raise SettingError(
-            f"--class_csv {config.class_csv} goes with a manifest; demo clips have classes of their own, and those of a "
-            "folder are its sub-folders"
-        )
-    if config.class_csv and not any(map(is_manifest, config.data + config.eval_data)):
-        raise SettingError(
-            f"--class_csv {config.class_csv} goes with a manifest; demo clips have classes of their own, and those of a "
+            f"--class_csv {config.class_csv} goes with a manifest; demo clips have their classes, and the classes of a "
             "folder are its sub-folders"
         )
     if config.data:
