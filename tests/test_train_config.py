@@ -1,5 +1,9 @@
 import dataclasses
 import json
+import logging
+import subprocess
+import sys
+import warnings
 
 import pytest
 
@@ -7,7 +11,9 @@ from avfast.train import config as settings
 from avfast.train.__main__ import main, resolve
 from avfast.train.config import Config, SettingError, fields, from_dict, from_json
 from avfast.train.evaluate import main as evaluate
+from avfast.train.log import plain_warnings
 from avfast.train.recipes import RECIPES, demo
+from avfast.train.setup import check_compiler
 from avfast.train.trainer import learning_rate, parameter_groups, unimodal_factor
 
 
@@ -128,9 +134,33 @@ def test_flags():
         (["--config", "no/such/file"], "--config no/such/file: No such file or directory"),
         (["demo", "--config", "x.json"], "not both"),
         (["--recipe", "demo"], "unknown flag '--recipe'"),
+        (["--lr", "inf"], "--lr inf: expected a number at least 0"),
+        (["--weight_decay", "-1"], "--weight_decay -1.0: expected a number at least 0"),
+        (["--betas", "0.9", "1"], "--betas 0.9 1.0: expected 2 numbers from 0 to below 1"),
+        (["--learning_rate", "1"], "did you mean: --lr, "),
+        (["--weight-penalty", "1"], "did you mean: --probe_l2"),
+        (["--model.depth", "x"], "--model.depth x: expected a whole number"),
+        (["--model.depth", "none"], "--model.depth none: expected a whole number"),
+        (["--model.depth", "1.5"], "--model.depth 1.5: expected a whole number"),
+        (["--model.depth", "-1"], "--model.depth -1: expected 0 or more"),
+        (["--model.temperature", "nan"], "--model.temperature nan: expected 0 or more"),
+        (["--model.norm_pix", "perhaps"], "--model.norm_pix perhaps: expected true or false"),
+        (["--model.mask_ratios", "0.5"], "--model.mask_ratios 0.5: expected a JSON list, each a number"),
+        (["--model.mask_ratios", '["a"]'], "--model.mask_ratios a: expected a number"),
+        (["--model.audio_size", "[3]"], "--model.audio_size [3]: expected 2 numbers"),
+        (["--model.audio_structure", "both"], "--model.audio_structure both: expected unstructured or time or"),
+        (["--model.frontend", "3"], "--model.frontend 3: expected a JSON object or none"),
+        (["--model.dept", "3"], "unknown setting of avsiam_tiny '--model.dept'; did you mean: --model.depth"),
+        (["--model_args", '{"depth": "x"}'], "--model.depth x: expected a whole number"),
+        (["--model.num_heads", "0"], "--model.num_heads 0: "),
+        (["--model.num_heads", "3"], "--model.num_heads 3: "),
+        (["--model.patch_size", "0"], "--model.patch_size 0: "),
+        (["--model.temperature", "0"], "temperature"),
+        (["deepavfusion_demo", "--model.fusion_layers", "some"], "--model.fusion_layers some"),
     ],
 )
-def test_wrong_flags_are_answered_in_one_line(arguments, says, capsys):
+def test_wrong_flags_are_answered_in_one_line(arguments, says, capsys, monkeypatch):
+    monkeypatch.setenv("AVFAST_CACHE", "/dev/null")  # before any clip is looked for
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert says in printed.err and printed.err.count("\n") == 1 and printed.err.startswith("avfast: ")
@@ -149,6 +179,61 @@ def test_wrong_flags_of_evaluation(arguments, says, capsys):
     assert evaluate(arguments) == 2
     printed = capsys.readouterr().err
     assert says in printed and printed.count("\n") == 1
+
+
+def test_settings_of_a_model_have_the_types_of_its_constructor():
+    given = {"depth": "4", "mask_ratios": "[0, 0.5]", "norm_pix": "False", "num_classes": "none", "temperature": "1e-1"}
+    found = {"depth": 4, "mask_ratios": [0.0, 0.5], "norm_pix": False, "num_classes": None, "temperature": 0.1}
+    assert settings.model_settings("avsiam_tiny", given) == found
+    assert settings.model_settings("avsiam_tiny", found) == found  # as a config.json holds them
+    for text, value in (("none", "none"), ("2", 2), ("[0, 3]", [0, 3])):
+        typed = settings.model_settings("deepavfusion_tiny", {"fusion_layers": text})["fusion_layers"]
+        assert typed == value and type(typed) is type(value)
+    assert settings.model_settings("deepavfusion_tiny", {"num_fusion_tokens": "[1, 8, 8]"}) == {
+        "num_fusion_tokens": [1, 8, 8]
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_give_models_what_they_take(name):
+    recipe = RECIPES[name]()
+    assert settings.model_settings(recipe.model, recipe.model_args) == recipe.model_args
+
+
+def test_a_reader_that_leaves_ends_a_listing_quietly():
+    code = "import sys; from avfast.train.config import command; command(lambda _: [print(i) for i in range(10**6)])"
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert first.stdout.readline() == b"0\n"
+    first.stdout.close()
+    assert first.stderr.read() == b"" and first.wait(60) == 141
+
+
+def test_warnings_are_lines_of_the_log(capsys):
+    with plain_warnings():
+        warnings.warn("one\n  thing", stacklevel=1)
+        logging.getLogger("avfast").warning("%s thing", "another")
+    assert capsys.readouterr() == ("warning: one thing\nwarning: another thing\n", "")
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    import torch
+
+    check_compiler(torch.device("cpu"))
+    monkeypatch.setenv("PATH", "")
+    for variable, device in (("CXX", "cpu"), ("CC", "cuda")):
+        monkeypatch.delenv(variable, raising=False)
+        with pytest.raises(SettingError, match=f"--compile needs a C.. compiler: .* found; .* set {variable}"):
+            check_compiler(torch.device(device))
+        monkeypatch.setenv(variable, sys.executable)
+        check_compiler(torch.device(device))
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AVFAST_CACHE", str(tmp_path / "file"))
+    assert main(["--out", str(tmp_path / "run")]) == 2
+    printed = capsys.readouterr().err
+    assert "AVFAST_CACHE" in printed and printed.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_wrong_config_files(tmp_path):
@@ -173,6 +258,9 @@ def test_a_resumed_run_takes_its_own_settings(tmp_path):
     resumed = resolve(["--resume", "auto", "--out", str(tmp_path), "--steps", "3"])
     assert resumed == dataclasses.replace(stored, resume="auto", steps=3)
     assert resolve(["demo", "--resume", "auto", "--out", str(tmp_path)]).lr != 0.5
+    (tmp_path / "checkpoints").mkdir()
+    assert resolve(["--resume", str(tmp_path)]) == dataclasses.replace(stored, resume=str(tmp_path), out=str(tmp_path))
+    assert resolve(["--resume", str(tmp_path), "--out", "other"]).out == "other"
 
 
 def test_from_dict_restores_tuples():

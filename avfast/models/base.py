@@ -101,6 +101,8 @@ class AudioVisualMAE(nn.Module):
             raise ValueError("mask_ratios must hold at least one ratio")
         if audio_structure not in STRUCTURES:
             raise ValueError(f"audio_structure must be one of {', '.join(STRUCTURES)}, got {audio_structure!r}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature!r}")
         self.audio_structure = audio_structure
         self.temperature, self.norm_pix = temperature, norm_pix
         self.contrastive_weight, self.reconstruction_weight = contrastive_weight, reconstruction_weight

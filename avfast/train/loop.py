@@ -85,13 +85,14 @@ def is_empty(out: Path) -> bool:
 def _run(config: Config, device: torch.device, out: Path, signals: Signals) -> dict[str, Any]:
     """The run, once processes, device and run folder are known."""
     resumed = resume_point(config, out)
+    if config.compile:
+        check_compiler(device)
+    # before the clips: lists of millions take minutes
+    trainer = Trainer(build_model(config, fresh=resumed is None).to(device), config, device)
     train, held_out = data.sources(config)
     if not train.clips:
         raise SettingError(f"no clips to train on: all {len(held_out)} were held out")
-    if config.compile:
-        check_compiler(device)
     clips = data.shuffled(train, config.seed) if config.shuffle_pairs else train
-    trainer = Trainer(build_model(config, fresh=resumed is None).to(device), config, device)
     found = parallel.first_only(lambda: modalities(train.clips))
     data.check_pairs(found, bool(getattr(trainer.model, "contrastive_weight", 0)))
     bad = BadFiles(len(train) + len(held_out), config.max_bad_files)
