@@ -350,6 +350,68 @@ def test_a_run_is_not_continued_by_accident(clips, plain):
         run(replace(config, resume="auto", lr=0.5, batch_size=8))
 
 
+def test_a_run_goes_on_with_its_own_clips_wherever_they_are(tmp_path, clips, plain):
+    shutil.copytree(plain, tmp_path / "run")
+    moved = Path(shutil.copytree(clips.folder, tmp_path / "moved")) / Path(clips.train).relative_to(clips.folder)
+    words = ["--resume", str(tmp_path / "run"), "--steps", "5", "--data"]
+    assert main([*words, str(moved)]) == 0
+    assert [p.name for p in checkpoint.complete(tmp_path / "run/checkpoints")] == ["step-4", "step-5"]
+
+
+def test_other_clips_than_before_are_refused_unless_allowed(tmp_path, clips, plain, capsys):
+    shutil.copytree(plain, tmp_path / "run")
+    fewer = json.loads(Path(clips.train).read_text())["data"][:-1]
+    fewer = [entry | {k: str(Path(clips.train).parent / entry[k]) for k in ("wav", "video_path")} for entry in fewer]
+    (tmp_path / "fewer.json").write_text(json.dumps({"data": fewer}))
+    words = ["--resume", str(tmp_path / "run"), "--steps", "5", "--data", str(tmp_path / "fewer.json")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "the training clips are others than the checkpoint's (16 clips, " in said and "-> 15 clips, " in said
+    assert "--other_clips" in said and said.count("\n") == 1
+    assert main([*words, "--other_clips"]) == 0
+    assert "the training clips are others than before" in capsys.readouterr().out
+
+
+def test_other_clips_are_judged_in_a_file_of_their_own(tmp_path, clips, plain, capsys):
+    from avfast.train.evaluate import main as evaluate
+
+    step = shutil.copytree(plain, tmp_path / "run") / "checkpoints/step-4"
+    elsewhere = shutil.copytree(step, tmp_path / "copy")
+    assert evaluate([str(tmp_path / "run"), "--eval_data", clips.train, "--eval_clips", "6", "--probe_clips", "0"]) == 0
+    (report,) = (tmp_path / "run").glob("evaluation-*.json")
+    assert report.name.startswith("evaluation-step-4-train-")
+    scores = json.loads(report.read_text())
+    assert scores["clips"]["eval_data"] == [clips.train] and scores["clips"]["held_out"].startswith("6 clips, ")
+    assert scores["retrieval"]["gallery"] == 6
+    assert evaluate([str(elsewhere), "--probe_clips", "0"]) == 0 and (elsewhere / "evaluation-copy.json").exists()
+
+
+def test_a_run_on_demo_clips_is_judged_by_others(clips, tmp_path, monkeypatch):
+    """They have classes of their own; the demo's stay what they were."""
+    monkeypatch.setattr("avfast.data.demo.build", lambda *_, **__: clips)
+    clips.class_csv = clips.classes
+    (tmp_path / "more/bells").mkdir(parents=True)
+    shutil.copy(next(clips.folder.rglob("*.mp4")), tmp_path / "more/bells")
+    train, held_out = data.sources(replace(demo(), eval_data=(str(tmp_path / "more"),)))
+    assert len(train) == 16 and len(held_out) == 1
+    own = data.sources(demo())
+    assert len(own[1]) == 8 and train.class_names == held_out.class_names == (*own[0].class_names, "bells")
+    assert [clip.labels for clip in train.clips] == [clip.labels for clip in own[0].clips]
+
+
+def test_a_model_that_has_diverged_has_no_scores(tmp_path, clips, plain, capsys):
+    from avfast.train.evaluate import main as evaluate
+
+    config = settings(tmp_path / "run", clips, init_from=str(plain))
+    with pytest.raises(RunError, match="features are not finite: the model has diverged"):
+        run(replace(config, steps=1, lr=1e30, warmup_steps=0, clip_grad=None, evaluate=True, pictures=1))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["retrieval"] is summary["probe"] is summary["neighbours"] is None and summary["diverged"]
+    capsys.readouterr()
+    assert evaluate([str(tmp_path / "run")]) == 1
+    assert "not finite: no scores" in capsys.readouterr().out
+
+
 def test_checkpoints_are_kept_by_number(tmp_path):
     for step in (1, 2, 10):
         checkpoint.save(tmp_path, step, {"w": torch.ones(2)}, {"step": step}, keep=2)
