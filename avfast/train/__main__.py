@@ -50,7 +50,7 @@ def resolve(arguments: Sequence[str]) -> Config:
     elif (Path(resumed) / "config.json").exists():
         base = from_json(Path(resumed) / "config.json")
     else:
-        base = checkpoint.settings_of(resumed)
+        base = checkpoint.settings_of(checkpoint.find(resumed))
     if "out" not in changes:
         base = replace(base, out=None)
     if "model_args" in changes:
