@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avfast.data.log_mel import frame_length, frame_shift, htk_log_mel, log_mel
+from avfast.data.log_mel import LOW_HZ, frame_length, frame_shift, htk_log_mel, log_mel
 from avfast.masking import DrawKey
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -25,6 +25,7 @@ class Frontend:
     num_mel_bins: int
     image_size: int
     sample_rate: int
+    low_hz: float = 0.0  # where the lowest mel bin begins; the highest ends at half the sample rate
 
     def _positive(self, **settings: int) -> None:
         for name, value in settings.items():
@@ -122,6 +123,8 @@ class KaldiFrontend(Frontend):
         time_shift: in training, the spectrogram (padding included) is rolled around by an integer from
             ``[-time_shift, time_shift)`` frames; default ``num_frames``, the released code's; 0 for none.
     """
+
+    low_hz = LOW_HZ
 
     def __init__(
         self,

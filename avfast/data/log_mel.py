@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 _FRAME_MS = 25.0
-_LOW_HZ = 20.0
+LOW_HZ = 20.0
 _PREEMPHASIS = 0.97
 _FLOOR = torch.finfo(torch.float32).eps
 _HTK_FLOOR = 1e-7
@@ -131,7 +131,7 @@ def _triangles(num_mel_bins: int, fft_size: int, sample_rate: int, device: torch
     def to_mel(hertz: float) -> float:
         return 1127.0 * math.log(1.0 + hertz / 700.0)
 
-    low, high = to_mel(_LOW_HZ), to_mel(sample_rate / 2)
+    low, high = to_mel(LOW_HZ), to_mel(sample_rate / 2)
     step = (high - low) / (num_mel_bins + 1)
     index = torch.arange(num_mel_bins, dtype=torch.float32)
     left, centre, right = low + index * step, low + (index + 1.0) * step, low + (index + 2.0) * step

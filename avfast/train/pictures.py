@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from avfast.data.clip_list import ClipList
+from avfast.data.frontend import Frontend
 from avfast.train.log import read_metrics
+
+HERTZ = (250, 1000, 4000, 16000)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a picture says beside the pixels.
+
+    Args:
+        title: of the figure.
+        names: of the rows.
+        frontend: of the model, for seconds and hertz.
+    """
+
+    title: str
+    names: Sequence[str]
+    frontend: Frontend
+
+    @classmethod
+    def of(cls, title: str, clips: ClipList, index: Sequence[int], frontend: Frontend) -> Labels:
+        """Rows named by the clips' ids and classes."""
+        names = []
+        for i in index:
+            clip = clips.clips[i]
+            words = [clip.id, *(clips.class_names[label] for label in clip.labels)]
+            lines = [line for word in words for line in textwrap.wrap(word, 26)[:2]][:5]
+            # a name may hold bytes that are no text, and a dollar would begin a formula
+            names.append("\n".join(lines).encode(errors="backslashreplace").decode().replace("$", r"\$"))
+        return cls(title, names, frontend)
+
+    def spectrogram(self, axis: Any, spectrogram: Tensor, **how: Any) -> Any:
+        """Draws ``(frames, mels)`` over seconds and hertz; the image."""
+        mels = spectrogram.shape[1]
+        extent = (0, self.frontend.seconds, -0.5, mels - 0.5)
+        image = axis.imshow(spectrogram.T.numpy(), origin="lower", aspect="auto", extent=extent, **how)
+        low, high = _mel(self.frontend.low_hz), _mel(self.frontend.sample_rate / 2)
+        shown = [hertz for hertz in HERTZ if low < _mel(hertz) < high]
+        places = [(_mel(hertz) - low) / (high - low) * (mels + 1) - 1 for hertz in shown]
+        axis.set_yticks(places, [f"{hertz // 1000} kHz" if hertz >= 1000 else f"{hertz} Hz" for hertz in shown])
+        axis.tick_params(labelsize=8)
+        axis.set_xticks([0, self.frontend.seconds], ["0", f"{self.frontend.seconds:.3g} s"])
+        return image
+
+
+def _mel(hertz: float) -> float:
+    """Kaldi's and HTK's scales alike, up to a factor."""
+    return math.log(1 + hertz / 700)
 
 
 @torch.no_grad()
@@ -18,14 +72,15 @@ def reconstructions(model: nn.Module, audio: Tensor, visual: Tensor, draws: Any)
     Every process must call it, since the model's contrastive loss is gathered over all.
 
     Returns:
-        ``{"audio": [(B, frames, mels)] * 3, "visual": [(B, 3, H, W)] * 3}`` on the CPU. Masked patches of the masked
-        input are NaN; visible patches of the reconstruction are those of the input.
+        ``{"audio": [(B, frames, mels)] * 3, "visual": [(B, 3, H, W)] * 3, "masked": [(B,)] * 2}`` on the CPU. Masked
+        patches of the masked input are NaN; visible patches of the reconstruction are those of the input. ``masked`` is
+        the share of patches, of sound and of picture.
     """
     training = model.training
     model.eval()
     output = model(audio, visual, draws)
     model.train(training)
-    rows = {}
+    rows: dict[str, list[Tensor]] = {"masked": []}
     for modality, inputs, keep in (("audio", audio, draws.audio_keep), ("visual", visual, draws.visual_keep)):
         if modality not in output.reconstruction:
             return None
@@ -35,6 +90,7 @@ def reconstructions(model: nn.Module, audio: Tensor, visual: Tensor, draws: Any)
         predicted = patchify(
             model.reconstruction_to_input(modality, output.reconstruction[modality].to(inputs.dtype), inputs)
         )
+        rows["masked"].append(masked.float().mean((1, 2)).cpu())
         seen = patches.masked_fill(masked, torch.nan)
         rows[modality] = [
             x.float().cpu() for x in (inputs, unpatchify(seen), unpatchify(patches.where(~masked, predicted)))
@@ -42,23 +98,28 @@ def reconstructions(model: nn.Module, audio: Tensor, visual: Tensor, draws: Any)
     return rows
 
 
-def draw_reconstructions(rows: dict[str, list[Tensor]], path: Path) -> None:
+def draw_reconstructions(rows: dict[str, list[Tensor]], labels: Labels, path: Path) -> None:
     """One row per clip: frame, masked frame, reconstruction, and the same for the spectrogram."""
     count = len(rows["audio"][0])
-    figure = _figure(13, 2.2 * count)
+    figure = _figure(14, 2.4 * count + 0.7)
     axes = figure.subplots(count, 6, squeeze=False, width_ratios=[1, 1, 1, 1.6, 1.6, 1.6])
-    for column, title in enumerate(("input", "masked input", "reconstruction") * 2):
+    for column, title in enumerate(("picture", "masked", "reconstruction", "sound", "masked", "reconstruction")):
         axes[0][column].set_title(title)
     for i in range(count):
         frames = [x[i] for x in rows["visual"]]
         for column, frame in enumerate(frames):
             axes[i][column].imshow(_shown(frame, frames[0]))
-        spectrograms = [x[i].T for x in rows["audio"]]
+            _bare(axes[i][column])
+        spectrograms = [x[i] for x in rows["audio"]]
         limits = {"vmin": spectrograms[0].min().item(), "vmax": spectrograms[0].max().item()}
         for column, spectrogram in enumerate(spectrograms):
-            axes[i][3 + column].imshow(spectrogram.numpy(), origin="lower", aspect="auto", **limits)
+            image = labels.spectrogram(axes[i][3 + column], spectrogram, **limits)
             axes[i][3 + column].set_facecolor("0.5")
-    _save(figure, path)
+        figure.colorbar(image, ax=axes[i][5], label="log-mel power")
+        axes[i][0].set_ylabel(labels.names[i], fontsize=8)
+        for column, share in zip((4, 1), rows["masked"], strict=True):
+            axes[i][column].set_xlabel(f"{share[i]:.0%} masked")
+    _save(figure, labels.title, path)
 
 
 @torch.no_grad()
@@ -90,46 +151,60 @@ def fusion_maps(model: nn.Module, audio: Tensor, visual: Tensor) -> dict[str, An
     return maps
 
 
-def draw_fusion(maps: dict[str, Any], path: Path) -> None:
+def draw_fusion(maps: dict[str, Any], labels: Labels, path: Path) -> None:
     """One row per clip: frame, r over it at each layer, spectrogram, p over it at each layer."""
     count, layers = len(maps["audio"]), list(maps["p"])
-    figure = _figure(2.2 * (1 + len(layers)) * 2.6, 2.2 * count)
+    figure = _figure(2.2 * (1 + len(layers)) * 2.6 + 1, 2.4 * count + 1)
     widths = [1.0] * (1 + len(layers)) + [1.6] * (1 + len(layers))
     axes = figure.subplots(count, len(widths), squeeze=False, width_ratios=widths)
     for i in range(count):
-        frame, spectrogram = maps["visual"][i], maps["audio"][i].T.numpy()
-        sides = (
-            ("r", _shown(frame, frame), {"cmap": "gray"}),
-            ("p", spectrogram, {"cmap": "gray", "origin": "lower", "aspect": "auto"}),
-        )
-        for side, (name, image, how) in enumerate(sides):
-            row = axes[i][side * (1 + len(layers)) :]
-            height, width = image.shape[:2]
-            for column, layer in enumerate([None, *layers]):
-                row[column].imshow(image, **how)
-                if layer is not None:
-                    edges = (-0.5, width - 0.5, -0.5, height - 0.5) if side else (-0.5, width - 0.5, height - 0.5, -0.5)
-                    row[column].imshow(
-                        maps[name][layer][i].numpy(), extent=edges, alpha=0.6, **{**how, "cmap": "inferno"}
-                    )
+        frame = _shown(maps["visual"][i], maps["visual"][i])
+        height, width = frame.shape[:2]
+        for side, name in enumerate("rp"):
+            for column, layer in enumerate([None, *layers], side * (1 + len(layers))):
+                axis = axes[i][column]
                 if i == 0:
-                    row[column].set_title("input" if layer is None else f"{name}, layer {layer}")
-    _save(figure, path)
+                    axis.set_title(("sound" if side else "picture") if layer is None else f"{name}, layer {layer}")
+                if side:
+                    labels.spectrogram(axis, maps["audio"][i], cmap="gray")
+                    edges = (*axis.get_xlim(), *axis.get_ylim())
+                else:
+                    axis.imshow(frame)
+                    edges = (-0.5, width - 0.5, height - 0.5, -0.5)
+                    _bare(axis)
+                if layer is None:
+                    continue
+                weights = maps[name][layer][i]
+                how = {"extent": edges, "origin": "lower" if side else "upper", "aspect": "auto" if side else "equal"}
+                most = weights.max().clamp(min=1e-12)
+                image = axis.imshow(weights / most, alpha=0.6, cmap="inferno", vmin=0, vmax=1, **how)
+                axis.set_xlabel(f"at most {most / weights.mean():.1f} x the mean")
+        axes[i][0].set_ylabel(labels.names[i], fontsize=8)
+    figure.colorbar(image, ax=list(axes[:, -1]), label="weight / largest of its panel")
+    legend = (
+        "r, p: the weight that the fusion tokens give each patch of the picture (r) and of the sound (p), averaged over "
+        "heads and fusion tokens; before that, the weight of a pair is p times r"
+    )
+    _save(figure, f"{labels.title}\n{legend}", path)
 
 
-def draw_losses(metrics: Path, path: Path) -> None:
-    """Every loss of metrics.jsonl over steps."""
+def draw_losses(metrics: Path, title: str, path: Path, contrasted: int = 0) -> None:
+    """Every loss of metrics.jsonl over steps; the contrastive one beside chance among ``contrasted`` clips."""
     rows = read_metrics(metrics)
     if not rows:
         return
     names = list(rows[-1]["losses"])
-    figure = _figure(4 * (len(names) + 1), 3)
+    figure = _figure(4 * (len(names) + 1), 3.4)
     axes = figure.subplots(1, len(names) + 1, squeeze=False)[0]
     for axis, name in zip(axes, ["loss", *names], strict=True):
         axis.plot([r["step"] for r in rows], [r["loss"] if name == "loss" else r["losses"][name] for r in rows])
-        axis.set_title(name)
+        axis.set_title("loss (weighted sum)" if name == "loss" else name.replace("_", " "))
         axis.set_xlabel("step")
-    figure.savefig(path, dpi=100)
+        axis.set_ylabel("nats" if name == "contrastive" else "mean squared error" if name != "loss" else "loss")
+        if name == "contrastive" and contrasted > 1:
+            axis.axhline(math.log(contrasted), color="0.5", linestyle="--", label=f"chance, ln {contrasted}")
+            axis.legend()
+    _save(figure, title, path)
 
 
 def _shown(frame: Tensor, of: Tensor) -> Any:
@@ -139,11 +214,16 @@ def _shown(frame: Tensor, of: Tensor) -> Any:
     return shown.nan_to_num(0.5).permute(1, 2, 0).numpy()
 
 
-def _save(figure: Any, path: Path) -> None:
-    for axis in figure.axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.savefig(path, dpi=100)
+def _bare(axis: Any) -> None:
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _save(figure: Any, title: str, path: Path) -> None:
+    figure.suptitle(title)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
+        figure.savefig(path, dpi=100)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from avfast.data.clips import BadFiles, ClipDataset, eval_loader
@@ -15,9 +16,18 @@ from avfast.train import data, parallel
 from avfast.train.evaluate import evaluate, nothing, table
 from avfast.train.log import Log
 from avfast.train.monitor import RunError, account
-from avfast.train.pictures import draw_fusion, draw_losses, draw_reconstructions, fusion_maps, reconstructions
+from avfast.train.pictures import (
+    Labels,
+    draw_fusion,
+    draw_losses,
+    draw_reconstructions,
+    fusion_maps,
+    reconstructions,
+)
 from avfast.train.setup import whole_model
 from avfast.train.trainer import Trainer
+
+CANDIDATES = 3  # clips from which each picture's row is chosen
 
 
 def finish(
@@ -49,10 +59,12 @@ def finish(
         "processes": world_size(),
         "device": str(trainer.device),
     }
+    title = f"{config.recipe}: {config.model} after {total} steps"
     if config.pictures:
-        paint(trainer, model, data.first(held_out, config.pictures), out)
+        paint(trainer, model, held_out, out, f"{title}, held-out clips")
     if parallel.rank() == 0:
-        draw_losses(log.path, out / "loss.png")
+        contrasted = min(config.batch_size * world_size(), len(train))
+        draw_losses(log.path, f"{config.recipe}: {config.model}", out / "loss.png", contrasted)
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if summary["diverged"]:
         raise RunError(f"{summary['diverged']}: the model has diverged and has no scores; the rest is in {out}")
@@ -60,18 +72,30 @@ def finish(
     return summary
 
 
-def paint(trainer: Trainer, model: nn.Module, clips: ClipList, out: Path) -> None:
+def paint(trainer: Trainer, model: nn.Module, clips: ClipList, out: Path, title: str) -> None:
     """reconstruction.png and fusion.png; every process takes the same clips, and rank 0 draws."""
+    wanted = trainer.config.pictures
+    clips = data.first(clips, CANDIDATES * wanted)
     if not clips.clips:
         return
     dataset = ClipDataset(clips, frontend=model.frontend, train=False, seed=trainer.config.seed)
-    for batch in eval_loader(dataset, len(clips)):
-        if len(batch.index):
-            audio, visual, draws = trainer.inputs(batch, model.branches[-1], train=False)
-            rows = reconstructions(model, audio, visual, draws)
-            if rows and parallel.rank() == 0:
-                draw_reconstructions(rows, out / "reconstruction.png")
-            both = (batch.has_audio & batch.has_visual).to(audio.device)
-            maps = fusion_maps(model, audio[both], visual[both]) if parallel.rank() == 0 else None
-            if maps:
-                draw_fusion(maps, out / "fusion.png")
+    (batch,) = eval_loader(dataset, len(clips))
+    if not len(batch.index):
+        return
+    audio, visual, draws = trainer.inputs(batch, model.branches[-1], train=False)
+    rows = reconstructions(model, audio, visual, draws)
+    if parallel.rank() > 0:
+        return
+    index = batch.index.tolist()
+    if rows:
+        # a clip of which little or nothing is hidden shows little: first those that are masked on both sides
+        hidden = torch.stack(rows["masked"]).amin(0) > 0
+        chosen = hidden.logical_not().long().argsort(stable=True)[:wanted].sort().values
+        shown = {name: [x[chosen] for x in parts] for name, parts in rows.items()}
+        labels = Labels.of(title, clips, [index[i] for i in chosen.tolist()], model.frontend)
+        draw_reconstructions(shown, labels, out / "reconstruction.png")
+    both = (batch.has_audio & batch.has_visual).nonzero()[:wanted, 0]
+    maps = fusion_maps(model, audio[both.to(audio.device)], visual[both.to(visual.device)])
+    if maps:
+        labels = Labels.of(title, clips, [index[i] for i in both.tolist()], model.frontend)
+        draw_fusion(maps, labels, out / "fusion.png")
