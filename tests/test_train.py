@@ -263,6 +263,8 @@ def test_summary_pictures_and_evaluation_of_a_checkpoint(tmp_path, clips, capsys
     printed = capsys.readouterr().out
     assert "16 clips: 16 with sound, 16 with pictures, 16 with both\n" in printed
     assert "audio to visual" in printed and "nearest neighbour, accuracy: chance" in printed
+    assert "(one partner among 8, ranked at random)" in printed and "(1 of 16 classes)" in printed
+    assert "joint: audio and visual features side by side; fused: " in printed
 
     from avfast.train.evaluate import main as evaluate
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -206,6 +207,13 @@ def test_a_reader_that_leaves_ends_a_listing_quietly():
     assert first.stdout.readline() == b"0\n"
     first.stdout.close()
     assert first.stderr.read() == b"" and first.wait(60) == 141
+
+
+def test_a_process_of_several_is_not_taken_down_by_the_interpreter():
+    """Threads of the process group would meet an interpreter that is going, and abort."""
+    code = "import atexit, os; from avfast.train.config import command; atexit.register(os.abort); command(lambda _: 3)"
+    found = subprocess.run([sys.executable, "-c", code], env=os.environ | {"WORLD_SIZE": "2"}, timeout=60)
+    assert found.returncode == 3
 
 
 def test_warnings_are_lines_of_the_log(capsys):

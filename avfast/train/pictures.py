@@ -177,13 +177,13 @@ def draw_fusion(maps: dict[str, Any], labels: Labels, path: Path) -> None:
                 weights = maps[name][layer][i]
                 how = {"extent": edges, "origin": "lower" if side else "upper", "aspect": "auto" if side else "equal"}
                 most = weights.max().clamp(min=1e-12)
-                image = axis.imshow(weights / most, alpha=0.6, cmap="inferno", vmin=0, vmax=1, **how)
+                image = axis.imshow((weights / most).numpy(), alpha=0.6, cmap="inferno", vmin=0, vmax=1, **how)
                 axis.set_xlabel(f"at most {most / weights.mean():.1f} x the mean")
         axes[i][0].set_ylabel(labels.names[i], fontsize=8)
     figure.colorbar(image, ax=list(axes[:, -1]), label="weight / largest of its panel")
     legend = (
-        "r, p: the weight that the fusion tokens give each patch of the picture (r) and of the sound (p), averaged over "
-        "heads and fusion tokens; before that, the weight of a pair is p times r"
+        "r, p: the weight that the fusion tokens give each patch of the picture (r) and of the sound (p), averaged "
+        "over heads and fusion tokens; before that, the weight of a pair is p times r"
     )
     _save(figure, f"{labels.title}\n{legend}", path)
 

@@ -1,0 +1,93 @@
+"""What the pictures of a run say beside the pixels."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from avfast import create_model
+from avfast.data.clip_list import Clip, ClipList
+from avfast.train import pictures, summary
+from avfast.train.pictures import Labels, draw_fusion, draw_losses, draw_reconstructions, reconstructions
+from avfast.train.recipes import demo
+
+pytest.importorskip("matplotlib")
+NAMES = ("a bell, red", "costs $5 or $6")
+CLIPS = ClipList(tuple(Clip(f"clip {i}\udcff", "x.mp4", "x.mp4", (i % 2,)) for i in range(6)), NAMES)
+MODEL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures in place of their files."""
+    figures, save = [], pictures._save
+    monkeypatch.setattr(pictures, "_save", lambda figure, *rest: (figures.append(figure), save(figure, *rest)))
+    return figures
+
+
+def texts(figure):
+    figure.canvas.draw()
+    return {text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))}
+
+
+def test_reconstructions(tmp_path, drawn):
+    model = create_model("avsiam_tiny", **MODEL, mask_ratios=[0.5])
+    audio, visual = torch.randn(2, *model.audio_size), torch.randn(2, 3, 64, 64)
+    rows = reconstructions(model, audio, visual, model.draw(2))
+    assert [share.tolist() for share in rows["masked"]] == [[0.5, 0.5]] * 2
+    labels = Labels.of("demo: avsiam_tiny after 3 steps", CLIPS, [4, 5], model.frontend)
+    draw_reconstructions(rows, labels, tmp_path / "x.png")
+    said = texts(drawn[0])
+    assert {"50% masked", "1.94 s", "250 Hz", "4 kHz", "log-mel power", "demo: avsiam_tiny after 3 steps"} <= said
+    assert any("clip 4" in text and "a bell, red" in text for text in said)
+    assert any(r"costs \$5 or \$6" in text for text in said)  # not a formula
+
+
+def test_hertz_stand_where_the_filters_are():
+    """Bin i of M is centred (i + 1) / (M + 1) of the way between the ends of the mel scale."""
+    frontend = create_model("avsiam_tiny").frontend
+    figure = pictures._figure(3, 3)
+    axis = figure.subplots()
+    Labels("", [], frontend).spectrogram(axis, torch.rand(192, 64))
+    low, high = (1127 * math.log(1 + hertz / 700) for hertz in (20.0, 8000.0))
+    for place, hertz in zip(axis.get_yticks(), (250, 1000, 4000), strict=True):
+        assert low + (place + 1) * (high - low) / 65 == pytest.approx(1127 * math.log(1 + hertz / 700))
+
+
+def test_fusion(tmp_path, drawn):
+    model = create_model("deepavfusion_tiny", **MODEL)
+    maps = pictures.fusion_maps(model, torch.randn(1, *model.audio_size), torch.randn(1, 3, 64, 64))
+    draw_fusion(maps, Labels.of("recipe: model", CLIPS, [0], model.frontend), tmp_path / "x.png")
+    said = texts(drawn[0])
+    assert any(text.startswith("recipe: model\nr, p: the weight that the fusion tokens give") for text in said)
+    assert {"weight / largest of its panel", "r, layer 0", "p, layer 1"} <= said
+
+
+def test_losses(tmp_path, drawn):
+    row = {"step": 2, "loss": 3.0, "losses": {"contrastive": 2.0, "reconstruction_audio": 1.0}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
+    draw_losses(tmp_path / "metrics.jsonl", "recipe: model", tmp_path / "x.png", 8)
+    assert {"chance, ln 8", "nats", "mean squared error", "recipe: model", "step"} <= texts(drawn[0])
+    assert drawn[0].axes[1].lines[1].get_ydata()[0] == pytest.approx(math.log(8))
+
+
+def test_clips_of_which_nothing_is_masked_are_not_chosen(tmp_path, monkeypatch):
+    shares = [torch.tensor([0.0, 0.5, 0.5, 0.5, 0.0, 0.3]), torch.tensor([0.5, 0.5, 0.0, 0.2, 0.0, 0.1])]
+    rows = {"audio": [torch.arange(6.0)] * 3, "visual": [torch.arange(6.0)] * 3, "masked": shares}
+    batch = SimpleNamespace(index=torch.arange(6), has_audio=torch.ones(6) > 0, has_visual=torch.ones(6) > 0)
+    trainer = SimpleNamespace(
+        config=replace(demo(), pictures=2), inputs=lambda *_, **__: (torch.zeros(6), torch.zeros(6), None)
+    )
+    model = create_model("avsiam_tiny", **MODEL)
+    shown = {}
+    monkeypatch.setattr(summary, "reconstructions", lambda *_: rows)
+    monkeypatch.setattr(summary, "eval_loader", lambda *_: [batch])
+    monkeypatch.setattr(summary, "draw_reconstructions", lambda rows, labels, path: shown.update(rows=rows, at=labels))
+    summary.paint(trainer, model, CLIPS, tmp_path, "title")
+    assert shown["rows"]["audio"][0].tolist() == [1, 3] and [name[5] for name in shown["at"].names] == ["1", "3"]
+    trainer.config = replace(trainer.config, pictures=4)  # too few of them: others follow
+    summary.paint(trainer, model, CLIPS, tmp_path, "title")
+    assert shown["rows"]["audio"][0].tolist() == [0, 1, 3, 5]
