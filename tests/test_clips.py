@@ -35,6 +35,7 @@ from avfast.data.clips import (
 )
 from avfast.data.frontend import KaldiFrontend
 from avfast.data.manifest import read_folder
+from avfast.data.media import MediaError
 
 FRONTEND = KaldiFrontend(num_frames=128, image_size=32)  # 1.295 s
 
@@ -119,6 +120,20 @@ def test_spectrogram_of_a_batch(folder: Path) -> None:
         assert padding[~batch.has_audio].tolist() == [128] and (padding[batch.short] > 90).all()
         assert (padding[batch.has_audio & ~batch.short] == 0).all()
         assert FRONTEND.visual(batch.frames).shape == (12, 3, 32, 32)
+
+
+def test_one_file_as_a_model_takes_it(folder: Path) -> None:
+    clips = read_folder(folder)
+    index = [clip.id for clip in clips.clips].index("a/plain0")
+    batch = next(iter(eval_loader(ClipDataset(ClipList((clips.clips[index],)), frontend=FRONTEND, train=False), 1)))
+    audio, visual = FRONTEND.load(folder / "a/plain0.mp4")
+    assert torch.equal(audio, FRONTEND.audio(batch.waveform)) and torch.equal(visual, FRONTEND.visual(batch.frames))
+    audio, visual = FRONTEND.load(folder / "a/sound.wav")
+    assert audio.shape == (1, 128, 128) and visual is None
+    audio, visual = FRONTEND.load(folder / "a/silent.mp4")
+    assert audio is None and visual.shape == (1, 3, 32, 32)
+    with pytest.raises(MediaError, match="text.mp4: "):
+        FRONTEND.load(folder / "b/text.mp4")
 
 
 @pytest.mark.parametrize("cache", [False, True])

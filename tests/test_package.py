@@ -85,7 +85,12 @@ def test_readme_and_ci_agree():
     assert 'export PIP_CONSTRAINT="$PWD/constraints.txt"' in script
 
 
-def test_readme_example_runs():
+def test_readme_example_runs(tmp_path, monkeypatch):
+    from avfast.data.demo import build
+
+    made = build("tiny", tmp_path, clips=1, test_clips=0, workers=1, progress=False)
+    next(made.root.rglob("*.mp4")).rename(tmp_path / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(example.strip().splitlines()) <= 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -55,6 +56,30 @@ class Frontend:
     def seconds(self) -> float:
         """How much sound a clip provides at most."""
         return self.num_samples / self.sample_rate
+
+    def load(self, path: str | os.PathLike[str]) -> tuple[Tensor | None, Tensor | None]:
+        """A media file as a model takes it: ``model.encode(*model.frontend.load("clip.mp4"))``.
+
+        The window is that of evaluation: the first ``seconds`` of the file, and the frame in its middle.
+
+        Returns:
+            audio ``(1, num_frames, num_mel_bins)`` and visual ``(1, 3, image_size, image_size)``, float32 on the CPU;
+            None for what the file lacks.
+
+        Raises:
+            MediaError: the file cannot be decoded.
+        """
+        from avfast.data.clip_list import Clip, ClipList
+        from avfast.data.dataset import ClipDataset, Failure
+        from avfast.data.media import MediaError
+
+        file = os.fspath(path)
+        clips = ClipList((Clip(file, file, file),))
+        sample = ClipDataset(clips, frontend=self, train=False)[0, 0, 0]
+        if isinstance(sample, Failure):
+            raise MediaError(sample.path, sample.reason)
+        audio = None if sample.waveform is None else self.audio(sample.waveform[None])
+        return audio, None if sample.frames is None else self.visual(sample.frames)
 
     def audio(
         self, waveform: Tensor, num_samples: Tensor | None = None, *, train: bool = False, key: DrawKey | None = None
