@@ -209,6 +209,9 @@ def test_listing(capsys):
     assert part.endswith(listing([row for row in ROWS if row.table == "ablation"]) + "\n") and "AVSiam-Huge" not in part
     assert main(["--table=ablatoin"]) == 2
     assert capsys.readouterr().err.startswith("avfast: unknown table 'ablatoin'; did you mean: ablation")
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert "[--table NAME]" in listed and all(name in listed for name in TITLES) and "AVSiam-Huge" not in listed
     assert main(["ablation"]) == 2
     assert capsys.readouterr().err == "avfast: unexpected 'ablation'; expected [--table NAME]\n"
 

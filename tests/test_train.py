@@ -152,6 +152,33 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(number, tmp
         assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path, clips):
+    config = replace(settings(tmp_path / "run", clips), workers=1, cache_media=False, checkpoint_every=1000, steps=1000)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", "--no-python", sys.executable, "-c", SIGNALLED, *arguments(config)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert f"SIGTERM: {config.out}/checkpoints/step-" in found.stderr, found.stdout + found.stderr
+    assert "continue: torchrun --nproc_per_node=2 -m avfast.train --resume" in found.stderr
+    (kept,) = checkpoint.complete(Path(config.out) / "checkpoints")
+    assert 3 <= int(kept.name[5:]) <= 6
+
+
+SIGNALLED = """
+import os, signal, sys
+from avfast.train.__main__ import main
+from avfast.train.config import command
+from avfast.train.trainer import Trainer
+step = Trainer.step
+def met(self, batches, *rates):
+    if batches[0].step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, batches, *rates)
+Trainer.step = met
+command(main)
+"""
+
+
 def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, clips, monkeypatch, capsys):
     monkeypatch.setattr("avfast.train.loop.fit", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert main(arguments(settings(tmp_path / "run", clips))) == 130
