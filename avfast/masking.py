@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
 from typing import TYPE_CHECKING, Literal
@@ -49,8 +49,7 @@ class DrawKey:
         seed: of the run, a non-negative integer below 2^64.
         step: counter of forward passes.
         positions: of the local samples in the global batch, each in ``0 .. total - 1``. A sample that was skipped
-        leaves a
-            hole.
+            leaves a hole.
         total: planned size of the global batch.
     """
 
@@ -59,17 +58,43 @@ class DrawKey:
     positions: Sequence[int]
     total: int
 
-    def generator(self, stream: str, position: int) -> np.random.Generator:
-        """Philox keyed by (seed, stream) and counted from (step, position)."""
+    def bits(self, stream: str, count: int) -> np.ndarray:
+        """``(positions, count)`` uint64 random bits, drawn in one go.
+
+        Philox4x64-10 keyed by (seed, stream) and counted from (step, position): position p reads the values that follow
+        ``4 p ceil(count / 4)`` others. A stream is always read with the same count.
+        """
         import numpy as np
 
-        key = np.array([self.seed, zlib.crc32(stream.encode())], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position, self.step]))
+        blocks = -(-count // 4)
+        source, at = np.random.Philox(key=self._key(stream), counter=[0, 0, 0, self.step]), 0
+        runs, start = [], 0
+        for i in range(1, len(self.positions) + 1):
+            if i == len(self.positions) or self.positions[i] != self.positions[i - 1] + 1:
+                source.advance((self.positions[start] - at) * blocks)
+                runs.append(source.random_raw((i - start) * blocks * 4).reshape(-1, blocks * 4))
+                start, at = i, self.positions[i - 1] + 1
+        return np.concatenate(runs)[:, :count] if runs else np.zeros((0, count), dtype=np.uint64)
+
+    def uniform(self, stream: str, count: int) -> np.ndarray:
+        """``(positions, count)`` float64 in [0, 1), made of :meth:`bits`."""
+        return (self.bits(stream, count) >> 11) * 2.0**-53
+
+    def generator(self, stream: str, position: int) -> np.random.Generator:
+        """A generator for one position, where the number of draws is not known: Philox counted from (step, position)."""
+        import numpy as np
+
+        return np.random.Generator(np.random.Philox(key=self._key(stream), counter=[0, 0, position, self.step]))
+
+    def _key(self, stream: str) -> np.ndarray:
+        import numpy as np
+
+        return np.array([self.seed, zlib.crc32(stream.encode())], dtype=np.uint64)
 
     @classmethod
     def fresh(cls, batch_size: int, generator: torch.Generator | None = None) -> DrawKey:
         """A key for a stand-alone batch, its seed drawn from ``generator`` (default: torch's global one)."""
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         return cls(seed, 0, range(batch_size), batch_size)
 
 
@@ -87,45 +112,69 @@ def ratio_pairs(ratios: Sequence[float], count: int, block: int = 0) -> list[tup
 
 def assign_ratios(ratios: Sequence[float], key: DrawKey) -> list[tuple[float, float]]:
     """The (audio, visual) ratio of each of the key's positions."""
-    size, assigned = len(ratios), []
-    for position in key.positions:
-        block, slot = divmod(position, size)
+    size = len(ratios)
+    blocks = sorted({position // size for position in key.positions})
+    dealt = {}
+    for block, noise in zip(blocks, replace(key, positions=blocks).bits("ratio", size), strict=True):
         count = min(size, key.total - block * size)
-        order = key.generator("ratio", block).permutation(count)
-        assigned.append(ratio_pairs(ratios, count, block)[order[slot]])
-    return assigned
+        pairs = ratio_pairs(ratios, count, block)
+        dealt[block] = [pairs[i] for i in noise[:count].argsort(kind="stable")]
+    return [dealt[position // size][position % size] for position in key.positions]
 
 
 def keep_patches(
-    grid: tuple[int, int], ratio: float, generator: np.random.Generator, structure: Structure = "unstructured"
-) -> Tensor:
-    """Ids of the kept patches of one instance, ascending.
+    grid: tuple[int, int],
+    ratios: Sequence[float],
+    key: DrawKey,
+    stream: str,
+    structure: Structure = "unstructured",
+    present: Sequence[bool] | None = None,
+) -> Kept:
+    """The kept patches of a batch, ascending in each instance.
 
     Args:
         grid: (rows, columns) of patches; for a spectrogram (frequency, time). Patch ids are row-major.
-        ratio: share of masked patches.
-        generator: source of randomness.
+        ratios: share of masked patches of each instance.
+        key: names the draws, one position per instance.
+        stream: name of the random stream, one per grid and structure.
         structure: ``"time"`` masks whole columns first, ``"frequency"`` whole rows, ``"time_frequency"`` both at 0.7
-        of the
-            ratio each, as the released CAV-MAE and AVSiam do; single patches make up the exact number.
+            of the ratio each, as the released CAV-MAE and AVSiam do; single patches make up the exact number.
+        present: per instance, whether it has the modality; without it no patch is kept. Default: all have it.
 
     Returns:
-        ``(num_kept(rows * columns, ratio),)`` int64.
+        ``num_kept(rows * columns, ratio)`` patches of each instance.
     """
     import numpy as np
 
     if structure not in STRUCTURES:
         raise ValueError(f"structure must be one of {', '.join(STRUCTURES)}, got {structure!r}")
-
     rows, columns = grid
-    noise = generator.random((rows, columns))
-    share = 0.7 if structure == "time_frequency" else 1.0
-    if structure in ("time", "time_frequency"):
-        noise[:, generator.permutation(columns)[: int(columns * ratio * share)]] += 1
-    if structure in ("frequency", "time_frequency"):
-        noise[generator.permutation(rows)[: int(rows * ratio * share)]] += 1
-    kept = np.argsort(noise, axis=None)[: num_kept(rows * columns, ratio)]
-    return torch.from_numpy(np.sort(kept))
+    patches, share = rows * columns, 0.7 if structure == "time_frequency" else 1.0
+    lines = (columns if "time" in structure else 0, rows if "frequency" in structure else 0)
+    bits = key.bits(stream, patches + sum(lines))
+    # The patch id in the lowest bits makes the noise of an instance distinct; the highest two count its masked lines.
+    low = np.uint64((1 << patches.bit_length()) - 1)
+    noise = (bits[:, :patches] >> np.uint64(2)) & ~low | np.arange(patches, dtype=np.uint64)
+    grids, after = noise.reshape(-1, rows, columns), bits[:, patches:]
+    for values, axis in ((after[:, : lines[0]], 1), (after[:, lines[0] :], 2)):
+        masked = [int(values.shape[1] * ratio * share) for ratio in ratios]
+        if any(masked):
+            chosen = values.argsort(1, kind="stable").argsort(1) < np.array(masked)[:, None]
+            grids += np.expand_dims(chosen.astype(np.uint64) << np.uint64(62), axis)
+    number = {ratio: num_kept(patches, ratio) for ratio in set(ratios)}
+    counts = np.array([number[ratio] for ratio in ratios], dtype=np.int64)
+    if present is not None:
+        counts *= np.array(present, dtype=np.int64)
+    last = np.maximum(counts, 1) - 1
+    threshold = np.sort(noise, axis=1)[np.arange(len(noise)), last]
+    return Kept.where((noise <= threshold[:, None]) & (counts > 0)[:, None])
+
+
+def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The ranges ``start .. start + length - 1``, one after another, int64."""
+    import numpy as np
+
+    return np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
 
 
 @dataclass(frozen=True)
@@ -148,16 +197,50 @@ class Kept:
 
     @classmethod
     def pack(cls, keep: Sequence[Tensor] | Tensor) -> Kept:
-        """From one 1-D int64 tensor of patch ids per instance, or a ``(B, K)`` tensor."""
+        """From one 1-D int64 tensor of patch ids per instance, or a ``(B, K)`` tensor.
+
+        Raises:
+            TypeError: for what is no tensor of integers, such as a mask.
+            ValueError: for another number of dimensions; for ids on the CPU that are negative or repeated (to read
+                those of another device would wait for it).
+        """
         order = sorted(range(len(keep)), key=lambda i: -len(keep[i]))
-        ids = torch.cat([keep[i] for i in order]) if order else torch.zeros(0, dtype=torch.int64)
+        for i, ids in enumerate(keep):
+            if ids.dtype == torch.bool:
+                raise TypeError(
+                    f"kept patches are given by their ids, got a bool mask for instance {i}; mask.nonzero() has the ids"
+                )
+            if ids.is_floating_point() or ids.is_complex():
+                raise TypeError(f"kept patches are given by their int64 ids, got {ids.dtype} for instance {i}")
+            if ids.ndim != 1:
+                raise ValueError(f"kept patches of an instance are (K,) ids, got {tuple(ids.shape)} for instance {i}")
+        ids = torch.cat([keep[i] for i in order]).long() if order else torch.zeros(0, dtype=torch.int64, device="cpu")
         lengths = [len(keep[i]) for i in order]
-        places = torch.tensor(order, dtype=torch.int64)
-        rows = places.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-        return cls(ids, rows.to(ids.device), places.argsort().to(ids.device), tuple(lengths), tuple(order))
+        places = torch.tensor(order, dtype=torch.int64, device="cpu")
+        rows = places.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"), output_size=sum(lengths))
+        kept = cls(ids, rows.to(ids.device), places.argsort().to(ids.device), tuple(lengths), tuple(order))
+        if ids.device.type == "cpu" and len(ids):
+            if ids.min() < 0:
+                raise ValueError(f"ids of kept patches count from 0, got {int(ids.min())}")
+            if len(kept.flat(int(ids.max()) + 1).unique()) < len(ids):
+                raise ValueError("the ids of the kept patches of an instance must be distinct; some are repeated")
+        return kept
 
     @classmethod
-    def all(cls, batch_size: int, num_patches: int, device: torch.device | str | None = None) -> Kept:
+    def where(cls, kept: np.ndarray) -> Kept:
+        """From a ``(B, N)`` bool array that is True where a patch is kept."""
+        import numpy as np
+
+        counts = kept.sum(1)
+        order = np.argsort(-counts, kind="stable")
+        lengths = counts[order]
+        rows = order.repeat(lengths)
+        ids = np.flatnonzero(kept[order]) - np.arange(len(order)).repeat(lengths) * kept.shape[1]
+        tensors = (torch.from_numpy(x) for x in (ids, rows, np.argsort(order)))
+        return cls(*tensors, tuple(lengths.tolist()), tuple(order.tolist()))
+
+    @classmethod
+    def all(cls, batch_size: int, num_patches: int, device: torch.device | str | None = "cpu") -> Kept:
         """Every patch of every instance."""
         ids = torch.arange(num_patches, device=device).repeat(batch_size)
         rows = torch.arange(batch_size, device=device)
@@ -183,8 +266,28 @@ class Kept:
 
     def to_list(self) -> list[Tensor]:
         """The ids of each instance, in batch order."""
-        parts = self.ids.split(list(self.lengths))
-        return [parts[self.order.index(i)] for i in range(len(self))]
+        parts = dict(zip(self.order, self.ids.split(list(self.lengths)), strict=True))
+        return [parts[i] for i in range(len(self))]
+
+    def starts(self) -> np.ndarray:
+        """``(B,)`` where the ids of each instance begin, in batch order, on the host."""
+        import numpy as np
+
+        lengths = np.array(self.lengths, dtype=np.int64)
+        starts = np.empty_like(lengths)
+        starts[list(self.order)] = lengths.cumsum() - lengths
+        return starts
+
+    def reordered(self, order: Sequence[int]) -> Kept:
+        """The same patches, instances packed in this order of batch rows."""
+        import numpy as np
+
+        if tuple(order) == self.order:
+            return self
+        places, lengths = np.array(order, dtype=np.int64), np.array(self.batch_lengths(), dtype=np.int64)[list(order)]
+        index = torch.tensor(spans(self.starts()[places], lengths), device=self.ids.device)
+        inverse = torch.tensor(places.argsort(), device=self.ids.device)
+        return Kept(self.ids[index], self.rows[index], inverse, tuple(lengths.tolist()), tuple(order))
 
     def flat(self, num_patches: int) -> Tensor:
         """``(T,)`` entries of the flattened (B, num_patches) patch list."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -55,28 +56,62 @@ def test_shapes_are_the_same_at_every_step_and_the_assignment_is_not():
     assert len({tuple(pairs) for pairs in assigned}) > 10
 
 
+def key_of(seed, positions=range(1), total=None):
+    return DrawKey(seed, 0, positions, total or max(positions) + 1)
+
+
 @settings(deadline=None)
 @given(
     st.sampled_from(["unstructured", "time", "frequency", "time_frequency"]),
-    st.sampled_from([0.0, 0.1, 0.5, 0.75, 0.9]),
+    st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.75, 0.9]), min_size=1, max_size=4),
     st.integers(0, 1000),
 )
-def test_kept_patches_are_distinct_sorted_and_counted(structure, ratio, seed):
-    ids = keep_patches((8, 64), ratio, np.random.default_rng(seed), structure)
-    assert len(ids) == num_kept(512, ratio) and ids.dtype == torch.int64
-    assert torch.equal(ids, ids.unique()) and (len(ids) == 0 or (0 <= ids[0] and ids[-1] < 512))
+def test_kept_patches_are_distinct_sorted_and_counted(structure, ratios, seed):
+    kept = keep_patches((8, 64), ratios, key_of(seed, range(len(ratios))), "audio", structure)
+    for ids, ratio in zip(kept.to_list(), ratios, strict=True):
+        assert len(ids) == num_kept(512, ratio) and ids.dtype == torch.int64
+        assert torch.equal(ids, ids.unique()) and 0 <= ids[0] and ids[-1] < 512
 
 
 @pytest.mark.parametrize("structure, axis", [("time", 0), ("frequency", 1)])
 def test_structured_masks_drop_whole_columns_or_rows(structure, axis):
-    ids = keep_patches((8, 64), 0.5, np.random.default_rng(0), structure)
-    kept = torch.zeros(512, dtype=torch.bool).index_fill(0, ids, True).view(8, 64)
+    kept = ~keep_patches((8, 64), [0.5], key_of(0), "audio", structure).masked(512)[0].view(8, 64)
     assert (~kept).all(axis).sum() == kept.shape[1 - axis] // 2
+
+
+def test_time_and_frequency_share_the_masked_patches():
+    masked = keep_patches((8, 64), [0.5], key_of(0), "audio", "time_frequency").masked(512)[0].view(8, 64)
+    # 0.35 of 64 columns and of 8 rows hold 260 patches: all but four of them make up the half that is masked
+    assert masked.sum() == 256 and masked.all(0).sum() >= 18
+    assert (masked.sum(1) >= 60).sum() == 2 and (masked.sum(1) <= 28).sum() == 6
+
+
+def test_every_patch_is_kept_equally_often():
+    counts = (~keep_patches((4, 8), [0.75] * 4096, key_of(1, range(4096)), "visual").masked(32)).sum(0)
+    assert counts.sum() == 4096 * 8 and (counts - 1024).abs().max() < 5 * (4096 * 0.25 * 0.75) ** 0.5
 
 
 def test_an_unknown_structure_is_refused():
     with pytest.raises(ValueError, match="structure must be one of .*'diagonal'"):
-        keep_patches((2, 2), 0.5, np.random.default_rng(0), "diagonal")
+        keep_patches((2, 2), [0.5], key_of(0), "audio", "diagonal")
+
+
+@pytest.mark.parametrize("positions", [[0], [95], [3, 4, 9], [9, 2, 3], range(40, 96), []])
+@pytest.mark.parametrize("count", [1, 4, 50])
+def test_bits_are_those_of_numpys_philox_and_belong_to_a_position(positions, count):
+    seed, step, blocks = 2**64 - 1, 2**32 + 3, -(-count // 4)
+    got = DrawKey(seed, step, positions, 96).bits("audio", count)
+    assert got.shape == (len(positions), count) and got.dtype == np.uint64
+    for position, row in zip(positions, got, strict=True):
+        key = np.array([seed, zlib.crc32(b"audio")], dtype=np.uint64)
+        philox = np.random.Philox(key=key, counter=[position * blocks, 0, 0, step])
+        assert (row == philox.random_raw(count)).all()
+    assert positions == [] or (got != DrawKey(seed, step, positions, 96).bits("visual", count)).any()
+
+
+def test_uniform_numbers_lie_in_the_unit_interval():
+    x = DrawKey(0, 1, range(1000), 1000).uniform("gain", 3)
+    assert 0 <= x.min() < 0.01 and 0.99 < x.max() < 1 and abs(x.mean() - 0.5) < 0.03
 
 
 def test_kept_packs_longest_first_and_finds_back():
@@ -88,3 +123,29 @@ def test_kept_packs_longest_first_and_finds_back():
     assert torch.tensor(kept.lengths)[kept.inverse].tolist() == kept.batch_lengths()
     assert kept.masked(6)[2].tolist() == [False, True, False, True, True, False]
     assert Kept.all(2, 3).masked(3).sum() == 0
+
+
+def test_kept_of_a_mask_array_and_another_order_agree_with_lists():
+    mask = np.array([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1], [0, 1, 1, 0]], dtype=bool)
+    kept, want = Kept.where(mask), Kept.pack([torch.from_numpy(row.nonzero()[0]) for row in mask])
+    for other in (want, kept.reordered((1, 3, 0, 2)).reordered(kept.order)):
+        assert (kept.lengths, kept.order) == (other.lengths, other.order)
+        assert all(torch.equal(getattr(kept, x), getattr(other, x)) for x in ("ids", "rows", "inverse"))
+    moved = kept.reordered((1, 3, 0, 2))
+    assert moved.ids.tolist() == [1, 2, 1, 0, 2, 3] and moved.rows.tolist() == [3, 3, 0, 2, 2, 2]
+    assert moved.inverse.tolist() == [2, 0, 3, 1] and moved.starts().tolist() == [2, 0, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "keep, error, words",
+    [
+        (torch.zeros(2, 4, dtype=torch.bool), TypeError, "by their ids, got a bool mask for instance 0"),
+        ([torch.tensor([0]), torch.tensor([0.5])], TypeError, "float32 for instance 1"),
+        (torch.zeros(2, 1, 1, dtype=torch.int64), ValueError, r"\(1, 1\) for instance 0"),
+        (torch.tensor([[0, -1]]), ValueError, "count from 0, got -1"),
+        (torch.tensor([[2, 3], [1, 1]]), ValueError, "distinct"),
+    ],
+)
+def test_what_is_no_list_of_ids_is_refused(keep, error, words):
+    with pytest.raises(error, match=words):
+        Kept.pack(keep)

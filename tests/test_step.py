@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from avfast.masking import DrawKey
 from avfast.models import Draws, create_model
 from avfast.models.draws import shared_plan
 from avfast.models.fusion_layout import shared_tokens
@@ -106,6 +108,31 @@ def test_every_step_has_the_same_signature_and_other_tokens():
     smaller = model.draw(BATCH - 1).layout
     silent = model.draw(BATCH, has_audio=[i > 0 for i in range(BATCH)]).layout
     assert len({first.signature, smaller.signature, silent.signature}) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_draw_makes_a_generator_per_stream_and_none_per_instance(name, monkeypatch):
+    made, philox = [], np.random.Philox
+    monkeypatch.setattr(np.random, "Philox", lambda **how: made.append(how) or philox(**how))
+    monkeypatch.setattr(np.random, "Generator", None)
+    model, counts = create_model(name), []
+    for batch in (BATCH, 4 * BATCH):
+        made.clear()
+        model.draw(batch, has_audio=[i != 3 for i in range(batch)])
+        counts.append(len(made))
+    assert counts[0] == counts[1] <= 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_do_not_depend_on_the_split_over_processes(name):
+    model, total = create_model(name), 13
+    whole = model.draw(total, key=DrawKey(7, 3, range(total), total))
+    for positions in (range(5), [5, 6, 9, 12]):
+        part = model.draw(len(positions), key=DrawKey(7, 3, positions, total))
+        for kind in ("audio_keep", "visual_keep"):
+            want = getattr(whole, kind).to_list()
+            for position, ids in zip(positions, getattr(part, kind).to_list(), strict=True):
+                assert torch.equal(ids, want[position])
 
 
 def test_changed_draws_are_packed_anew():

@@ -206,17 +206,17 @@ class AudioVisualMAE(nn.Module):
             raise ValueError(f"the key names {len(key.positions)} positions for a batch of {batch_size}")
         present_a = (True,) * batch_size if has_audio is None else tuple(bool(x) for x in has_audio)
         present_v = (True,) * batch_size if has_visual is None else tuple(bool(x) for x in has_visual)
-        structure = self.masking(branch)[1]
-        keep_a, keep_v = [], []
-        for position, (ratio_a, ratio_v), a, v in zip(
-            key.positions, self.ratios(branch, key), present_a, present_v, strict=True
-        ):
-            source_a, source_v = (key.generator(f"{branch} {name}", position) for name in ("audio", "visual"))
-            ids_a = keep_patches(self.patch_embed_a.grid_size, ratio_a, source_a, structure)
-            ids_v = keep_patches(self.patch_embed.grid_size, ratio_v, source_v)
-            keep_a.append(ids_a if a else ids_a[:0])
-            keep_v.append(ids_v if v else ids_v[:0])
-        return self.laid_out(Draws(Kept.pack(keep_a), Kept.pack(keep_v), branch, present_a, present_v))
+        ratios = self.ratios(branch, key)
+        kept = [
+            keep_patches(grid, [pair[i] for pair in ratios], key, f"{branch} {name}", structure, present)
+            for i, (name, grid, structure, present) in enumerate(
+                (
+                    ("audio", self.patch_embed_a.grid_size, self.masking(branch)[1], present_a),
+                    ("visual", self.patch_embed.grid_size, "unstructured", present_v),
+                )
+            )
+        ]
+        return self.laid_out(Draws(kept[0], kept[1], branch, present_a, present_v))
 
     def laid_out(self, draws: Draws) -> Draws:
         """Complete draws together with the packing of their tokens."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from avfast.masking import Kept
+from avfast.masking import Kept, spans
 from avfast.ops import AttentionPlan
 from avfast.packing import PackedTokens, permute_rows
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Keep = Kept | Tensor | Sequence[Tensor]
 
@@ -26,6 +30,13 @@ def shared_plan(lengths: tuple[int, ...], device: torch.device) -> AttentionPlan
 def as_kept(keep: Keep) -> Kept:
     """Pack lists of ids; pass :class:`~avfast.masking.Kept` through."""
     return keep if isinstance(keep, Kept) else Kept.pack(keep)
+
+
+def longest_first(audio: np.ndarray, visual: np.ndarray) -> np.ndarray:
+    """Batch rows by falling number of audio, then of visual tokens, equal ones as in the batch."""
+    import numpy as np
+
+    return np.lexsort((-visual, -audio))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +93,23 @@ class Layout:
             patches: how many there are of audio and of visual ones.
             presence: per instance, whether it has audio, and whether it has visual; None for all.
         """
-        lengths_a, lengths_v = audio.batch_lengths(), visual.batch_lengths()
-        rows = sorted(range(len(audio)), key=lambda row: (-lengths_a[row], -lengths_v[row]))
-        rank = torch.tensor(rows, dtype=torch.int64).argsort().to(audio.ids.device)
-        order = torch.cat([2 * rank[audio.rows], 2 * rank[visual.rows] + 1]).argsort(stable=True)
+        import numpy as np
+
+        lengths = [np.array(kept.batch_lengths(), dtype=np.int64) for kept in (audio, visual)]
+        rows = longest_first(*lengths)
+        joined = np.stack([n[rows] for n in lengths], 1).ravel()
+        starts = np.stack([audio.starts()[rows], visual.starts()[rows] + sum(audio.lengths)], 1).ravel()
+        sources = spans(starts, joined)
+        inverse = np.empty_like(sources)
+        inverse[sources] = np.arange(len(sources))
+        order, back = (torch.tensor(x, device=audio.ids.device) for x in (sources, inverse))
         total = sum(patches)
         places = torch.cat([audio.rows * total + audio.ids, visual.rows * total + patches[0] + visual.ids])[order]
-        pairs = [row for row in range(len(audio)) if lengths_a[row] and lengths_v[row]]
+        pairs = ((lengths[0] > 0) & (lengths[1] > 0)).nonzero()[0].tolist()
         rare = (pairs if len(pairs) < len(audio) else None, *(None if all(has or ()) else has for has in presence))
         return cls(
-            audio, visual, tuple(rows), tuple(lengths_a[row] + lengths_v[row] for row in rows), total,
-            order, order.argsort(), places,
+            audio, visual, tuple(rows.tolist()), tuple(joined.reshape(-1, 2).sum(1).tolist()), total,
+            order, back, places,
             *(None if x is None else torch.tensor(x, dtype=torch.int64, device=order.device) for x in rare),
         )  # fmt: skip
 

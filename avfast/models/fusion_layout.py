@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avfast.masking import Kept
-from avfast.models.draws import Layout
+from avfast.models.draws import Layout, longest_first
 from avfast.nn.fusion import TokenLayout
 
 
@@ -78,7 +78,7 @@ class FusionLayout(Layout):
 
 def of_present(kept: Kept, present: Sequence[bool] | None) -> Kept:
     """The kept patches of instances that have the modality: stand-ins for others must not reach the fusion tokens."""
-    if present is None or all(present):
+    if present is None or not any(n and not has for n, has in zip(kept.batch_lengths(), present, strict=True)):
         return kept
     return Kept.pack([ids if has else ids[:0] for ids, has in zip(kept.to_list(), present, strict=True)])
 
@@ -89,24 +89,9 @@ def align(audio: Kept, visual: Kept) -> tuple[Kept, Kept]:
     Raises:
         ValueError: where they are of batches that differ in size.
     """
+    import numpy as np
+
     if len(audio) != len(visual):
         raise ValueError(f"audio_keep holds {len(audio)} instances, visual_keep {len(visual)}")
-    lengths_a, lengths_v = audio.batch_lengths(), visual.batch_lengths()
-    order = sorted(range(len(audio)), key=lambda row: (-lengths_a[row], -lengths_v[row]))
-    return reordered(audio, tuple(order)), reordered(visual, tuple(order))
-
-
-def reordered(kept: Kept, order: tuple[int, ...]) -> Kept:
-    """The same patches, instances packed in this order of batch rows."""
-    if kept.order == order:
-        return kept
-    lengths, ids = kept.batch_lengths(), kept.to_list()
-    rows = torch.tensor(order, dtype=torch.int64, device=kept.ids.device)
-    repeats = torch.tensor([lengths[row] for row in order], dtype=torch.int64, device=rows.device)
-    return Kept(
-        torch.cat([ids[row] for row in order]),
-        rows.repeat_interleave(repeats),
-        rows.argsort(),
-        tuple(lengths[row] for row in order),
-        order,
-    )
+    order = longest_first(*(np.array(kept.batch_lengths()) for kept in (audio, visual))).tolist()
+    return audio.reordered(order), visual.reordered(order)
