@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from avfast.tensors import to_device
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -81,7 +83,7 @@ class DrawKey:
         return (self.bits(stream, count) >> 11) * 2.0**-53
 
     def generator(self, stream: str, position: int) -> np.random.Generator:
-        """A generator for one position, where the number of draws is not known: Philox counted from (step, position)."""
+        """A generator of one position, for draws whose number is not known: Philox counted from (step, position)."""
         import numpy as np
 
         return np.random.Generator(np.random.Philox(key=self._key(stream), counter=[0, 0, position, self.step]))
@@ -217,7 +219,8 @@ class Kept:
         ids = torch.cat([keep[i] for i in order]).long() if order else torch.zeros(0, dtype=torch.int64, device="cpu")
         lengths = [len(keep[i]) for i in order]
         places = torch.tensor(order, dtype=torch.int64, device="cpu")
-        rows = places.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"), output_size=sum(lengths))
+        repeats = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        rows = places.repeat_interleave(repeats, output_size=sum(lengths))
         kept = cls(ids, rows.to(ids.device), places.argsort().to(ids.device), tuple(lengths), tuple(order))
         if ids.device.type == "cpu" and len(ids):
             if ids.min() < 0:
@@ -254,7 +257,7 @@ class Kept:
 
     def to(self, device: torch.device | str) -> Kept:
         """The same on another device."""
-        moved = [x.to(device, non_blocking=True) for x in (self.ids, self.rows, self.inverse)]
+        moved = [to_device(x, device) for x in (self.ids, self.rows, self.inverse)]
         return Kept(moved[0], moved[1], moved[2], self.lengths, self.order)
 
     def batch_lengths(self) -> list[int]:

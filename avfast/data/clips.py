@@ -220,9 +220,9 @@ def collate(
     """
     good = [sample for sample in samples if isinstance(sample, Sample)]
     lengths = [0 if sample.waveform is None else len(sample.waveform) for sample in good]
-    waveform = torch.zeros(len(good), max(lengths, default=0))
+    waveform = torch.zeros(len(good), max(lengths, default=0), dtype=torch.float32)
     frames = torch.zeros(len(good), num_frames, 3, image_size, image_size, dtype=torch.uint8)
-    labels = torch.zeros(len(good), num_classes) if num_classes else None
+    labels = torch.zeros(len(good), num_classes, dtype=torch.float32) if num_classes else None
     for row, sample in enumerate(good):
         if sample.waveform is not None:
             waveform[row, : lengths[row]] = sample.waveform

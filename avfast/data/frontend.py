@@ -10,9 +10,17 @@ from torch import Tensor
 
 from avfast.data.log_mel import LOW_HZ, frame_length, frame_shift, htk_log_mel, log_mel
 from avfast.masking import DrawKey
+from avfast.tensors import tensor_cache, to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@tensor_cache
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and deviation, (3, 1, 1) float32 each."""
+    mean, std = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean[:, None, None].to(device), std[:, None, None].to(device)
 
 
 class Frontend:
@@ -102,7 +110,7 @@ class Frontend:
             given = "none" if key is None else f"one of {len(key.positions)} positions"
             raise ValueError(f"key: train=True expects a DrawKey with {len(waveform)} positions, got {given}")
         if num_samples is not None:
-            num_samples = num_samples.to(waveform.device).clamp(max=self.num_samples)
+            num_samples = to_device(num_samples, waveform.device).clamp(max=self.num_samples)
         return self._inputs(waveform[:, : self.num_samples], num_samples, key if train else None)
 
     def _inputs(self, waveform: Tensor, num_samples: Tensor | None, key: DrawKey | None) -> Tensor:
@@ -122,14 +130,12 @@ class Frontend:
             )
         if frames.dtype != torch.uint8:
             raise TypeError(f"frames: expected uint8, got {frames.dtype}")
-        mean = 255 * torch.tensor(IMAGENET_MEAN, device=frames.device)[:, None, None]
-        std = 255 * torch.tensor(IMAGENET_STD, device=frames.device)[:, None, None]
-        return (frames.float() - mean) / std
+        mean, std = _imagenet(frames.device)
+        return (frames.float() - 255 * mean) / (255 * std)
 
     def visual_to_uint8(self, frames: Tensor) -> Tensor:
         """Undoes :meth:`visual`, rounded and clipped to uint8, for pictures."""
-        mean = torch.tensor(IMAGENET_MEAN, device=frames.device)[:, None, None]
-        std = torch.tensor(IMAGENET_STD, device=frames.device)[:, None, None]
+        mean, std = _imagenet(frames.device)
         return (255 * (frames.float() * std + mean)).round().clamp(0, 255).byte()
 
 
@@ -200,20 +206,19 @@ class KaldiFrontend(Frontend):
 
     def _augment(self, inputs: Tensor, key: DrawKey) -> Tensor:
         device = inputs.device
-        rngs = [key.generator("spectrogram", position) for position in key.positions]
-        seeds = [int(rng.integers(2**63)) for rng in rngs]
-        scales = [float(rng.random()) * self.noise for rng in rngs]
-        shifts = [int(rng.integers(-self.time_shift, self.time_shift)) if self.time_shift else 0 for rng in rngs]
-        if self.noise and rngs:
+        seeds, drawn = key.bits("spectrogram", 3)[:, 0] >> 1, key.uniform("spectrogram", 3)
+        if self.noise and len(drawn):
             # Drawn on the device, a generator per sample: 0.5 MB of host noise per clip would hold a GPU up.
             generator = torch.Generator(device)
             noise = torch.empty_like(inputs)
-            for row, seed in zip(noise, seeds, strict=True):
+            for row, seed in zip(noise, seeds.tolist(), strict=True):
                 row.uniform_(generator=generator.manual_seed(seed))
-            inputs = inputs + noise * torch.tensor(scales, dtype=inputs.dtype).to(device)[:, None, None]
+            scales = torch.from_numpy((drawn[:, 1] * self.noise).astype("float32"))
+            inputs = inputs + noise * to_device(scales, device)[:, None, None]
         if self.time_shift:
+            shifts = torch.from_numpy((drawn[:, 2] * 2 * self.time_shift).astype("int64") - self.time_shift)
             frames = torch.arange(self.num_frames, device=device)
-            source = (frames - torch.tensor(shifts, dtype=torch.long).to(device)[:, None]) % self.num_frames
+            source = (frames - to_device(shifts, device)[:, None]) % self.num_frames
             inputs = inputs.gather(1, source[..., None].expand_as(inputs))
         return inputs
 
@@ -266,9 +271,9 @@ class HTKFrontend(Frontend):
     def _inputs(self, waveform: Tensor, num_samples: Tensor | None, key: DrawKey | None) -> Tensor:
         waveform = self._continued(waveform, num_samples)
         if key is not None:
-            rngs = (key.generator("gain", position) for position in key.positions)
-            gains = [10 ** (float(rng.uniform(-self.gain_db, self.gain_db)) / 20) for rng in rngs]
-            waveform = (waveform * torch.tensor(gains).to(waveform)[:, None]).clamp(-1, 1)
+            decibels = (2 * key.uniform("gain", 1) - 1) * self.gain_db
+            gains = to_device(torch.from_numpy((10 ** (decibels / 20)).astype("float32")), waveform.device)
+            waveform = (waveform * gains.to(waveform.dtype)).clamp(-1, 1)
         banks = htk_log_mel(
             waveform, sample_rate=self.sample_rate, num_mel_bins=self.num_mel_bins, n_fft=self.n_fft, hop=self.hop
         )

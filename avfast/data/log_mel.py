@@ -18,10 +18,12 @@ num_mel_bins=128, dither=0.0, frame_shift=10`` after the mean of each waveform w
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from avfast.tensors import tensor_cache
 
 _FRAME_MS = 25.0
 LOW_HZ = 20.0
@@ -124,7 +126,7 @@ def _products_are_exact() -> bool:
         return False
 
 
-@lru_cache(maxsize=8)
+@tensor_cache
 def _triangles(num_mel_bins: int, fft_size: int, sample_rate: int, device: torch.device) -> Tensor:
     """(fft_size / 2 + 1, num_mel_bins) weights, rounded to float32 at every step as the oracle's are."""
 
@@ -133,12 +135,12 @@ def _triangles(num_mel_bins: int, fft_size: int, sample_rate: int, device: torch
 
     low, high = to_mel(LOW_HZ), to_mel(sample_rate / 2)
     step = (high - low) / (num_mel_bins + 1)
-    index = torch.arange(num_mel_bins, dtype=torch.float32)
+    index = torch.arange(num_mel_bins, dtype=torch.float32, device="cpu")
     left, centre, right = low + index * step, low + (index + 1.0) * step, low + (index + 2.0) * step
-    hertz = sample_rate / fft_size * torch.arange(fft_size // 2, dtype=torch.float32)
+    hertz = sample_rate / fft_size * torch.arange(fft_size // 2, dtype=torch.float32, device="cpu")
     mel = (1127.0 * torch.log(1.0 + hertz / 700.0))[:, None]
     weights = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(min=0.0)
-    return torch.cat([weights, torch.zeros(1, num_mel_bins)]).to(device)  # Kaldi leaves out the Nyquist bin
+    return torch.cat([weights, weights.new_zeros(1, num_mel_bins)]).to(device)  # Kaldi leaves out the Nyquist bin
 
 
 def htk_log_mel(
@@ -177,12 +179,13 @@ def htk_log_mel(
     return torch.cat(found)
 
 
-@lru_cache(maxsize=8)
+@tensor_cache
 def _htk_triangles(num_mel_bins: int, n_fft: int, sample_rate: int, device: torch.device) -> Tensor:
     """(n_fft / 2 + 1, num_mel_bins) weights, sides straight over hertz, heights 1; narrow ones may miss every bin."""
     top = 2595.0 * math.log10(1.0 + sample_rate / 2 / 700.0)
-    edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, num_mel_bins + 2) / 2595.0) - 1.0)
-    hertz = torch.linspace(0.0, sample_rate / 2, n_fft // 2 + 1)[:, None]
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, num_mel_bins + 2, **plain) / 2595.0) - 1.0)
+    hertz = torch.linspace(0.0, sample_rate / 2, n_fft // 2 + 1, **plain)[:, None]
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     weights = torch.minimum((hertz - left) / (centre - left), (right - hertz) / (right - centre)).clamp(min=0.0)
     return weights.to(device)

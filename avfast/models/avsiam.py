@@ -54,6 +54,7 @@ from avfast.nn.norm import layer_norm
 from avfast.ops import AttentionPlan
 from avfast.packing import PackedTokens
 from avfast.released import avsiam
+from avfast.tensors import float32_weights
 
 
 class Encoder(nn.Module):
@@ -108,6 +109,7 @@ class AVSiam(AudioVisualMAE):
         ValueError: on settings that contradict each other.
     """
 
+    @float32_weights
     def __init__(
         self,
         img_size: int = 224,

@@ -28,6 +28,7 @@ from avfast.nn import JointDecoder, PackedBlock, SplitLayerNorm, sincos_2d
 from avfast.ops import AttentionPlan
 from avfast.packing import PackedTokens
 from avfast.released import cav_mae
+from avfast.tensors import float32_weights
 
 
 class CAVMAE(AudioVisualMAE):
@@ -58,6 +59,7 @@ class CAVMAE(AudioVisualMAE):
         frontend: overrides for the audio front end.
     """
 
+    @float32_weights
     def __init__(
         self,
         img_size: int = 224,

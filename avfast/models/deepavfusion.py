@@ -72,6 +72,7 @@ from avfast.nn.norm import add_norm
 from avfast.nn.patch_decoder import PatchDecoder
 from avfast.packing import PackedTokens
 from avfast.released import deepavfusion
+from avfast.tensors import float32_weights
 
 if TYPE_CHECKING:
     from avfast.data.frontend import HTKFrontend
@@ -129,6 +130,7 @@ class DeepAVFusion(AudioVisualMAE):
     """Beginnings of the names of what unimodal pre-training gives; the released training raises their learning rate
     from 0 over its first half."""
 
+    @float32_weights
     def __init__(
         self,
         img_size: int = 224,
@@ -269,7 +271,9 @@ class DeepAVFusion(AudioVisualMAE):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 a, v, tokens = branches
                 whole: tuple[Pending, Pending] = (add(*a), None), (add(*v), None)
-                branches = checkpoint(self.layer, index, *whole, tokens, layout, use_reentrant=False)
+                branches = checkpoint(
+                    self.layer, index, *whole, tokens, layout, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 branches = self.layer(index, *branches, layout)
         if keep is not None:

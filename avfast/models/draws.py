@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from avfast.masking import Kept, spans
 from avfast.ops import AttentionPlan
 from avfast.packing import PackedTokens, permute_rows
+from avfast.tensors import tensor_cache, to_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 Keep = Kept | Tensor | Sequence[Tensor]
 
 
-@lru_cache(maxsize=64)
+@tensor_cache
 def shared_plan(lengths: tuple[int, ...], device: torch.device) -> AttentionPlan:
     """A plan per lengths and device: multi-ratio masking asks for the same few at every step."""
-    with torch.inference_mode(False):
-        return AttentionPlan.of(lengths, device=device)
+    return AttentionPlan.of(lengths, device=device)
 
 
 def as_kept(keep: Keep) -> Kept:
@@ -138,10 +137,7 @@ class Layout:
             self.pairs, self.present_audio, self.present_visual,
         )  # fmt: skip
         given = [x for x in parts if x is not None]
-        index = torch.cat(given)
-        if device.type == "cuda" and index.device.type == "cpu":
-            index = index.pin_memory()
-        index = index.to(device, non_blocking=True)
+        index = to_device(torch.cat(given), device)
         views = iter(index.split([len(x) for x in given]))
         moved = [None if x is None else next(views) for x in parts]
         return replace(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from avfast.masking import Kept
 from avfast.models.draws import Layout, longest_first
 from avfast.nn.fusion import TokenLayout
+from avfast.tensors import tensor_cache
 
 
 def fused_layers(layers: str | int | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -33,11 +33,10 @@ def fused_layers(layers: str | int | Sequence[int], depth: int) -> tuple[int, ..
     )
 
 
-@lru_cache(maxsize=64)
+@tensor_cache
 def shared_tokens(lengths: tuple[int, ...], context: int, device: torch.device) -> TokenLayout:
     """A layout per lengths and device: every step asks for the same."""
-    with torch.inference_mode(False):
-        return TokenLayout.of(lengths, context, device)
+    return TokenLayout.of(lengths, context, device)
 
 
 @dataclass(frozen=True, eq=False)

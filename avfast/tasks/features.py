@@ -86,8 +86,8 @@ def _gather(local: dict[str, Tensor], failures: list[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"index": index, "labels": all_rows["labels"][order] if "labels" in all_rows else None}
     width = next(all_rows[kind].shape[1] for kind in KINDS if kind in all_rows)
     for kind in KINDS:
-        values = all_rows.get(kind, torch.zeros(0, width))
+        values = all_rows.get(kind, torch.zeros(0, width, dtype=torch.float32))
         place = torch.searchsorted(index, all_rows.get(f"index_{kind}", index[:0]))
-        found[kind] = torch.zeros(len(index), values.shape[1]).index_copy(0, place, values)
+        found[kind] = torch.zeros(len(index), values.shape[1], dtype=torch.float32).index_copy(0, place, values)
         found[f"has_{kind}"] = torch.zeros(len(index), dtype=torch.bool).index_fill(0, place, True)
     return found | {"failures": [failure for _, more in shares for failure in more]}

@@ -24,7 +24,8 @@ def capture(run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Ca
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # only of this thread: the loader's pins memory meanwhile, which would end a capture of the whole process
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = run()
     return outputs, graph.replay
 
@@ -58,15 +59,21 @@ class GraphedPass:
         self.audio.copy_(audio)
         self.visual.copy_(visual)
         self.draws.layout.index.copy_(draws.layout.index)
+        zeroed, filled, given = [], [], []
         for parameter, own, grad in zip(self.parameters, self.grads, before, strict=True):
-            if own is None:
-                parameter.grad = grad
+            parameter.grad = grad if own is None else own
+            if own is None or grad is own:
                 continue
             if grad is None:
-                own.zero_()
-            elif grad is not own:
-                own.copy_(grad)
-            parameter.grad = own
+                zeroed.append(own)
+            else:
+                filled.append(own)
+                given.append(grad)
+        # one launch for all parameters, not one for each
+        if zeroed:
+            torch._foreach_zero_(zeroed)
+        if filled:
+            torch._foreach_copy_(filled, given)
         self.replay()
         return {name: value.clone() for name, value in self.losses.items()}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from avfast.data.clips import Batch
 from avfast.distributed import world_size
+from avfast.tensors import to_device
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config, SettingError
 from avfast.train.graph import GraphedPass, Pass
@@ -127,21 +128,21 @@ class Trainer:
         """``(audio, visual, draws)`` of a batch of clips, on the device."""
         batch = batch if len(batch) else blank(batch)
         key = batch.key(self.config.seed)
-        with torch.no_grad():
-            waveform, samples = self._move(batch.waveform), self._move(batch.num_samples)
-            audio = self.model.frontend.audio(waveform, samples, train=train, key=key)
-            visual = self.model.frontend.visual(self._move(batch.frames))
+        # Drawn first, while the device still works on the step before. Nothing here waits for it.
         draws = self.model.draw(
             len(batch),
             key=key,
             branch=branch,
             has_audio=batch.has_audio.tolist(),
             has_visual=batch.has_visual.tolist(),
+        ).to(self.device)
+        waveform, samples, frames = (
+            to_device(x, self.device) for x in (batch.waveform, batch.num_samples, batch.frames)
         )
-        return audio, visual, draws.to(self.device)
-
-    def _move(self, x: Tensor) -> Tensor:
-        return x.to(self.device, non_blocking=True)
+        with torch.no_grad():
+            audio = self.model.frontend.audio(waveform, samples, train=train, key=key)
+            visual = self.model.frontend.visual(frames)
+        return audio, visual, draws
 
     def model_state(self, everywhere: bool = False) -> dict[str, Tensor]:
         """The full state dict; every process must call it.
@@ -198,7 +199,7 @@ def blank(batch: Batch) -> Batch:
     absent = torch.zeros(1, dtype=torch.bool)
     return replace(
         batch,
-        waveform=torch.zeros(1, 1),
+        waveform=torch.zeros(1, 1, dtype=torch.float32),
         num_samples=torch.zeros(1, dtype=torch.long),
         frames=batch.frames.new_zeros(1, *batch.frames.shape[1:]),
         has_audio=absent,

@@ -1,0 +1,59 @@
+"""Where tensors are made and how they reach a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on a device; a copy to a CUDA device leaves from page-locked memory, and nobody waits for it."""
+    device = torch.device(device)
+    if device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def tensor_cache(make: Callable[..., T]) -> Callable[..., T]:
+    """Keeps the 64 results used last of a function that makes tensors, such as tables and plans, of its arguments.
+
+    They serve training even where they were first made under ``inference_mode``. Where tensors are not plain ones
+    (while a model is traced, exported, or run on fake tensors) the function is called each time and nothing is kept.
+    """
+    keep = lru_cache(maxsize=64)(make)
+
+    @wraps(make)
+    def cached(*args: Any) -> T:
+        with torch.inference_mode(False):
+            if torch.compiler.is_compiling() or not _plain(torch.empty(0, device="cpu")):
+                return make(*args)
+            return keep(*args)
+
+    cached.cache_clear = keep.cache_clear  # type: ignore[attr-defined]
+    return cached
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) is Tensor and not torch._is_functional_tensor(x)
+
+
+def float32_weights(init: Callable[P, None]) -> Callable[P, None]:
+    """Decorates a model's constructor: its weights and tables are float32 whatever ``torch.set_default_dtype`` says."""
+
+    @wraps(init)
+    def constructor(*args: P.args, **kwargs: P.kwargs) -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            init(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(before)
+
+    return constructor
