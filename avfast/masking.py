@@ -298,5 +298,14 @@ class Kept:
 
     def masked(self, num_patches: int) -> Tensor:
         """``(B, num_patches)`` bool: True where a patch is not kept."""
-        mask = torch.ones(len(self) * num_patches, dtype=torch.bool, device=self.ids.device)
-        return mask.index_fill(0, self.flat(num_patches), False).view(len(self), num_patches)
+        # the batch size as a shape, so that one compiled step serves all
+        batch = self.inverse.shape[0]
+        mask = torch.ones(batch * num_patches, dtype=torch.bool, device=self.ids.device)
+        return mask.index_fill(0, self.flat(num_patches), False).view(batch, num_patches)
+
+    def mean(self, tokens: Tensor, num_patches: int) -> Tensor:
+        """``(B, D)`` mean of the packed tokens ``(T, D)`` of each batch row; a row without any gives zeros."""
+        placed = tokens.new_zeros(self.inverse.shape[0] * num_patches, tokens.shape[1])
+        placed = placed.index_copy(0, self.flat(num_patches), tokens).unflatten(0, (-1, num_patches))
+        counts = (~self.masked(num_patches)).sum(1, keepdim=True).clamp(min=1)
+        return placed.sum(1) / counts

@@ -57,3 +57,18 @@ def float32_weights(init: Callable[P, None]) -> Callable[P, None]:
             torch.set_default_dtype(before)
 
     return constructor
+
+
+def untraced(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates what works on the host alone, such as draws and their packing: ``torch.compile`` leaves it as it is.
+
+    Unlike ``torch.compiler.disable`` on the function itself it does not load the compiler before one is in use.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call

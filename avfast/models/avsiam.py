@@ -52,7 +52,6 @@ from avfast.models.draws import Layout, shared_plan
 from avfast.nn import JointDecoder, PackedBlock, sincos_2d
 from avfast.nn.norm import layer_norm
 from avfast.ops import AttentionPlan
-from avfast.packing import PackedTokens
 from avfast.released import avsiam
 from avfast.tensors import float32_weights
 
@@ -205,9 +204,7 @@ class AVSiam(AudioVisualMAE):
             return (self.reconstruction_ratio,), "unstructured"
         return super().masking(branch)
 
-    def unimodal(
-        self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint"
-    ) -> tuple[PackedTokens, PackedTokens]:
+    def unimodal(self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint") -> tuple[Tensor, Tensor]:
         kept_a, kept_v, plans = layout.audio, layout.visual, layout.plans
         cut = branch == "reconstruction" and self.stop_gradient
         with torch.no_grad() if cut else nullcontext():
@@ -222,23 +219,21 @@ class AVSiam(AudioVisualMAE):
                 x = torch.cat([a, v])
                 sizes = (len(a), len(v))
                 a, v = self.run_encoder(self.encoder, x, plans["both"], sizes).split(sizes)
-        return PackedTokens(a, kept_a.lengths), PackedTokens(v, kept_v.lengths)
+        return a, v
 
     def run_encoder(self, encoder: Encoder, x: Tensor, plan: AttentionPlan, sizes: tuple[int, int]) -> Tensor:
         """Blocks and final norm; ``sizes`` are the audio and the visual rows of ``x``."""
         return self.run_blocks(encoder.blocks, x, plan, sizes, encoder.norm)
 
-    def contrasted(
-        self, audio: PackedTokens, visual: PackedTokens, layout: Layout
-    ) -> tuple[PackedTokens, PackedTokens]:
+    def contrasted(self, audio: Tensor, visual: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         return audio, visual
 
     def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
         return self.run_blocks(self.fusion, joined, plan)
 
-    def reconstruct(self, a: PackedTokens, v: PackedTokens, layout: Layout) -> dict[str, Tensor]:
+    def reconstruct(self, a: Tensor, v: Tensor, layout: Layout) -> dict[str, Tensor]:
         if self.stop_gradient:
-            a, v = PackedTokens(a.values.detach(), a.lengths), PackedTokens(v.values.detach(), v.lengths)
+            a, v = a.detach(), v.detach()
         return super().reconstruct(a, v, layout)
 
     def classify(self, audio: Tensor | None = None, visual: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from avfast.ops import AttentionPlan, info_nce, masked_patch_mse
 from avfast.ops.info_nce import InfoNCE
 from avfast.ops.masked_patch_mse import normalise_patches
 from avfast.packing import PackedTokens
+from avfast.tensors import untraced
 
 if TYPE_CHECKING:
     from avfast.data.frontend import Frontend
@@ -115,16 +116,12 @@ class AudioVisualMAE(nn.Module):
 
     # What a subclass defines.
 
-    def unimodal(
-        self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint"
-    ) -> tuple[PackedTokens, PackedTokens]:
-        """Tokens of the kept patches of each modality, before the modalities meet."""
+    def unimodal(self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint") -> tuple[Tensor, Tensor]:
+        """Packed tokens ``(T, D)`` of the kept patches of each modality, before the modalities meet."""
         raise NotImplementedError
 
-    def contrasted(
-        self, audio: PackedTokens, visual: PackedTokens, layout: Layout
-    ) -> tuple[PackedTokens, PackedTokens]:
-        """The tokens whose means are contrasted."""
+    def contrasted(self, audio: Tensor, visual: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The packed tokens whose means are contrasted."""
         raise NotImplementedError
 
     def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
@@ -234,7 +231,16 @@ class AudioVisualMAE(nn.Module):
 
     def complete(self, draws: Draws | None, batch_size: int) -> Draws:
         """``draws`` with what is missing drawn, checked against this model and laid out on its device."""
-        draws = Draws() if draws is None else draws
+        layout = None if draws is None else draws.layout
+        if layout is not None and layout.index is not None and layout.index.device == self.device:
+            if layout.audio.inverse.shape[0] != batch_size:
+                raise ValueError(f"draws are of {layout.audio.inverse.shape[0]} instances, the batch has {batch_size}")
+            return draws
+        return self.packed_here(Draws() if draws is None else draws, batch_size)
+
+    @untraced
+    def packed_here(self, draws: Draws, batch_size: int) -> Draws:
+        """``draws`` with what is missing drawn, and packed on this model's device."""
         if draws.audio_keep is None or draws.visual_keep is None or draws.branch is None:
             drawn = self.draw(batch_size, branch=draws.branch, has_audio=draws.has_audio, has_visual=draws.has_visual)
             draws = replace(
@@ -246,9 +252,7 @@ class AudioVisualMAE(nn.Module):
         for name, keep in (("audio_keep", draws.audio_keep), ("visual_keep", draws.visual_keep)):
             if len(keep) != batch_size:
                 raise ValueError(f"{name} holds {len(keep)} instances, the batch {batch_size}")
-        draws = draws if draws.layout is not None else self.laid_out(draws)
-        index = draws.layout.index
-        return draws if index is not None and index.device == self.device else draws.to(self.device)
+        return (draws if draws.layout is not None else self.laid_out(draws)).to(self.device)
 
     # Pre-training.
 
@@ -279,14 +283,20 @@ class AudioVisualMAE(nn.Module):
 
     def prepare(self, audio: Tensor | None, visual: Tensor | None, draws: Draws | None) -> tuple[Tensor, Tensor, Draws]:
         """Spectrogram and frames, an absent one as zeros, and the complete draws."""
-        present_a, present_v = audio is not None, visual is not None
+        given_a, given_v = audio is not None, visual is not None
         spectrogram, visual = self.inputs(audio, visual)
         batch = len(spectrogram)
-        if not (present_a and present_v):
-            absent = {} if present_a else {"has_audio": (False,) * batch}
-            absent |= {} if present_v else {"has_visual": (False,) * batch}
-            draws = replace(draws or Draws(), **absent)
+        if not (given_a and given_v):
+            draws = self.without(draws or Draws(), batch, given_a, given_v)
         return spectrogram, visual, self.complete(draws, batch)
+
+    @staticmethod
+    @untraced
+    def without(draws: Draws, batch_size: int, given_a: bool, given_v: bool) -> Draws:
+        """The same draws for a batch of which a modality was not given at all."""
+        absent = (False,) * batch_size
+        has_a, has_v = draws.has_audio if given_a else absent, draws.has_visual if given_v else absent
+        return replace(draws, has_audio=has_a, has_visual=has_v)
 
     def reconstruction_losses(
         self, reconstruction: dict[str, Tensor], spectrogram: Tensor, visual: Tensor, layout: Layout
@@ -308,15 +318,16 @@ class AudioVisualMAE(nn.Module):
         """Whether the target patches of a modality are normalised."""
         return self.norm_pix
 
-    def contrast(self, a: PackedTokens, v: PackedTokens, layout: Layout) -> InfoNCE:
+    def contrast(self, a: Tensor, v: Tensor, layout: Layout) -> InfoNCE:
         """InfoNCE over the instances that have both modalities."""
         tokens_a, tokens_v = self.contrasted(a, v, layout)
-        pooled_a, pooled_v = tokens_a.mean()[layout.audio.inverse], tokens_v.mean()[layout.visual.inverse]
+        pooled_a = layout.audio.mean(tokens_a, self.patch_embed_a.num_patches)
+        pooled_v = layout.visual.mean(tokens_v, self.patch_embed.num_patches)
         if layout.pairs is not None:
             pooled_a, pooled_v = pooled_a[layout.pairs], pooled_v[layout.pairs]
         return info_nce(pooled_a, pooled_v, self.temperature, self.contrastive_direction)
 
-    def reconstruct(self, a: PackedTokens, v: PackedTokens, layout: Layout) -> dict[str, Tensor]:
+    def reconstruct(self, a: Tensor, v: Tensor, layout: Layout) -> dict[str, Tensor]:
         """Predicted patches of both modalities."""
         if self.decoder is None:
             raise RuntimeError("this model was built without a decoder and cannot reconstruct")
@@ -354,31 +365,47 @@ class AudioVisualMAE(nn.Module):
         """
         given_a, given_v = audio is not None, visual is not None
         spectrogram, frames = self.inputs(audio, visual)
-        batch, device = len(spectrogram), spectrogram.device
-        kept_a = self.kept_or_all(audio_keep, batch, self.patch_embed_a.num_patches if given_a else 0, device)
-        kept_v = self.kept_or_all(visual_keep, batch, self.patch_embed.num_patches if given_v else 0, device)
-        layout = self.laid_out(Draws(kept_a, kept_v)).to(device).layout
+        layout = self.layout_of(audio, visual, audio_keep, visual_keep)
         a, v = self.unimodal(spectrogram, frames, layout)
         fused = None
         if given_a and given_v:
             tokens = self.fuse(layout.join(a, v), layout.plans["joined"])
-            fused = self.in_batch_order(PackedTokens(tokens, layout.lengths), layout.rows)
+            fused = self.in_batch_order(tokens, layout, "joined")
         a, v = self.contrasted(a, v, layout)
         return Features(
-            self.in_batch_order(a, kept_a.order) if given_a else None,
-            self.in_batch_order(v, kept_v.order) if given_v else None,
+            self.in_batch_order(a, layout, "audio") if given_a else None,
+            self.in_batch_order(v, layout, "visual") if given_v else None,
             fused,
         )
 
-    @staticmethod
-    def kept_or_all(keep: Keep | None, batch: int, patches: int, device: torch.device) -> Kept:
-        """The given ids, or all of them."""
-        return Kept.all(batch, patches, device) if keep is None else as_kept(keep).to(device)
+    @untraced
+    def layout_of(
+        self,
+        audio: Tensor | None,
+        visual: Tensor | None,
+        audio_keep: Keep | None = None,
+        visual_keep: Keep | None = None,
+    ) -> Layout:
+        """The packing of given kept patches, default all, of what is given, on its device."""
+        given = audio if audio is not None else visual
+        kept = [
+            Kept.all(len(given), 0 if x is None else part.num_patches) if x is None or keep is None else keep
+            for x, keep, part in ((audio, audio_keep, self.patch_embed_a), (visual, visual_keep, self.patch_embed))
+        ]
+        return self.laid_out(Draws(*kept)).to(given.device).layout
 
     @staticmethod
-    def in_batch_order(tokens: PackedTokens, order: Sequence[int]) -> Tensor | PackedTokens:
-        """Sequences sorted back; a dense ``(B, N, D)`` where all are equally long."""
-        tokens = tokens.select(sorted(range(len(order)), key=lambda i: order[i]))
+    def in_batch_order(values: Tensor, layout: Layout, part: str) -> Tensor | PackedTokens:
+        """``"audio"``, ``"visual"`` or ``"joined"`` packed tokens, sequences sorted back; dense where equally long."""
+        if layout.equal:  # packed in batch order then; no lengths of the host, so that one compiled encoder serves all
+            batch = layout.audio.inverse.shape[0]
+            return values.unflatten(0, (batch, values.shape[0] // batch))
+        lengths, order = {
+            "audio": (layout.audio.lengths, layout.audio.order),
+            "visual": (layout.visual.lengths, layout.visual.order),
+            "joined": (layout.lengths, layout.rows),
+        }[part]
+        tokens = PackedTokens(values, lengths).select(sorted(range(len(order)), key=lambda i: order[i]))
         if len(set(tokens.lengths)) == 1:
             return tokens.values.unflatten(0, (len(tokens), tokens.lengths[0]))
         return tokens

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from avfast import checkpoints
-from avfast.masking import Kept, Structure
+from avfast.masking import Structure
 from avfast.models.base import AudioVisualMAE, init_weights
-from avfast.models.draws import Draws, Layout, shared_plan
+from avfast.models.draws import Layout, shared_plan
 from avfast.nn import JointDecoder, PackedBlock, SplitLayerNorm, sincos_2d
 from avfast.ops import AttentionPlan
-from avfast.packing import PackedTokens
 from avfast.released import cav_mae
 from avfast.tensors import float32_weights
 
@@ -126,27 +125,22 @@ class CAVMAE(AudioVisualMAE):
         if num_classes is not None:
             self.head = nn.Sequential(nn.LayerNorm(embed_dim, eps=eps), nn.Linear(embed_dim, num_classes))
 
-    def unimodal(
-        self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint"
-    ) -> tuple[PackedTokens, PackedTokens]:
+    def unimodal(self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint") -> tuple[Tensor, Tensor]:
         kept_a, kept_v, plans = layout.audio, layout.visual, layout.plans
         a = self.patch_embed_a(audio, kept_a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][kept_a.ids]
         v = self.patch_embed(visual, kept_v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][kept_v.ids]
         a = self.run_blocks(self.blocks_a, a + self.modality_a[0], plans["audio"])
         v = self.run_blocks(self.blocks_v, v + self.modality_v[0], plans["visual"])
-        return PackedTokens(a, kept_a.lengths), PackedTokens(v, kept_v.lengths)
+        return a, v
 
     def joint_layer(self, x: Tensor, plan: AttentionPlan, sizes: tuple[int, int, int]) -> Tensor:
         """One packed pass over rows of which ``sizes`` are under the joint, the audio and the visual norms."""
         return self.run_blocks(self.blocks_u, x, plan, sizes, self.norm)
 
-    def contrasted(
-        self, audio: PackedTokens, visual: PackedTokens, layout: Layout
-    ) -> tuple[PackedTokens, PackedTokens]:
-        rows = (len(audio.values), len(visual.values))
-        x = self.joint_layer(torch.cat([audio.values, visual.values]), layout.plans["both"], (0, *rows))
-        a, v = x.split(rows)
-        return PackedTokens(a, audio.lengths), PackedTokens(v, visual.lengths)
+    def contrasted(self, audio: Tensor, visual: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        rows = (len(audio), len(visual))
+        a, v = self.joint_layer(torch.cat([audio, visual]), layout.plans["both"], (0, *rows)).split(rows)
+        return a, v
 
     def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
         return self.joint_layer(joined, plan, (len(joined), 0, 0))
@@ -174,20 +168,17 @@ class CAVMAE(AudioVisualMAE):
             visual = visual.flatten(0, 1)
             audio = None if audio is None else audio.repeat_interleave(frames, 0)
         spectrogram, images = self.inputs(audio, visual)
-        batch, device = len(spectrogram), spectrogram.device
-        kept_a = Kept.all(batch, self.patch_embed_a.num_patches if audio is not None else 0, device)
-        kept_v = Kept.all(batch, self.patch_embed.num_patches if visual is not None else 0, device)
-        layout = self.laid_out(Draws(kept_a, kept_v)).to(device).layout
+        layout = self.layout_of(audio, visual)
         a, v = self.unimodal(spectrogram, images, layout)
         if audio is not None and visual is not None:
             tokens = self.fuse(layout.join(a, v), layout.plans["joined"])
-            pooled = PackedTokens(tokens, layout.lengths).mean()
+            pooled = tokens.unflatten(0, (len(spectrogram), -1)).mean(1)
         else:
             own = a if audio is not None else v
-            rows = len(own.values)
+            rows, batch = len(own), len(spectrogram)
             sizes = (rows * missing, rows * (own is a), rows * (own is v))
-            plan = shared_plan(own.lengths * (1 + missing), device)
-            x = self.joint_layer(own.values.repeat(1 + missing, 1), plan, sizes)
+            plan = shared_plan((rows // batch,) * batch * (1 + missing), own.device)
+            x = self.joint_layer(own.repeat(1 + missing, 1), plan, sizes)
             pooled = x.unflatten(0, (1 + missing, batch, -1)).mean(2).mean(0)
         logits = self.head(pooled)
         return logits if frames is None else logits.unflatten(0, (-1, frames))

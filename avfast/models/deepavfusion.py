@@ -70,7 +70,6 @@ from avfast.nn.block import add
 from avfast.nn.fusion import ContextBlock, FusionArch, FusionBlock, Pending, Residual
 from avfast.nn.norm import add_norm
 from avfast.nn.patch_decoder import PatchDecoder
-from avfast.packing import PackedTokens
 from avfast.released import deepavfusion
 from avfast.tensors import float32_weights
 
@@ -240,7 +239,7 @@ class DeepAVFusion(AudioVisualMAE):
         a, v = layout.audio, layout.visual
         audio = self.patch_embed_a(spectrogram, a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][a.ids]
         visual = self.patch_embed(frames, v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][v.ids]
-        return (audio, None), (visual, None), self.fusion_tokens.repeat(len(a), 1, 1)
+        return (audio, None), (visual, None), self.fusion_tokens.repeat(a.inverse.shape[0], 1, 1)
 
     def layer(self, index: int, a: Pending, v: Pending, tokens: Tensor, layout: FusionLayout) -> Branches:
         """One layer of all branches (Eqs. 1-3)."""
@@ -352,8 +351,10 @@ class DeepAVFusion(AudioVisualMAE):
             ``audio`` ``(B, Na, D)`` and ``visual`` ``(B, Nv, D)``, None where not given, and ``fused`` ``(B, F, D)``
             from what was; PackedTokens in batch order where the kept patches differ in number.
         """
-        layout, states = self.trace(audio, visual, audio_keep, visual_keep, last=True)
-        return self.features(*self.finish(*states[-1]), layout, audio is not None, visual is not None)
+        spectrogram, frames = self.inputs(audio, visual)
+        layout = cast(FusionLayout, self.layout_of(audio, visual, audio_keep, visual_keep))
+        branches = self.run(spectrogram, frames, layout)
+        return self.features(*self.finish(*branches), layout, audio is not None, visual is not None)
 
     def encode_layers(
         self,
@@ -402,26 +403,11 @@ class DeepAVFusion(AudioVisualMAE):
         return maps
 
     def trace(
-        self,
-        audio: Tensor | None,
-        visual: Tensor | None,
-        audio_keep: Keep | None,
-        visual_keep: Keep | None,
-        last: bool = False,
+        self, audio: Tensor | None, visual: Tensor | None, audio_keep: Keep | None, visual_keep: Keep | None
     ) -> tuple[FusionLayout, list[Branches]]:
         """The packing of kept patches, default all given ones, and the branches before and after all layers."""
-        given_a, given_v = audio is not None, visual is not None
         spectrogram, frames = self.inputs(audio, visual)
-        batch, device = len(spectrogram), spectrogram.device
-        kept_a = self.kept_or_all(
-            audio_keep if given_a else None, batch, self.patch_embed_a.num_patches if given_a else 0, device
-        )
-        kept_v = self.kept_or_all(
-            visual_keep if given_v else None, batch, self.patch_embed.num_patches if given_v else 0, device
-        )
-        layout = cast(FusionLayout, self.laid_out(Draws(kept_a, kept_v)).to(device).layout)
-        if last:
-            return layout, [self.run(spectrogram, frames, layout)]
+        layout = cast(FusionLayout, self.layout_of(audio, visual, audio_keep, visual_keep))
         states: list[Branches] = []
         self.run(spectrogram, frames, layout, states)
         return layout, states
@@ -430,8 +416,8 @@ class DeepAVFusion(AudioVisualMAE):
         self, a: Tensor, v: Tensor, tokens: Tensor, layout: FusionLayout, given_a: bool, given_v: bool
     ) -> Features:
         """Tokens in batch order, those of a modality that was not given as None."""
-        audio = self.in_batch_order(PackedTokens(a, layout.audio.lengths), layout.audio.order) if given_a else None
-        visual = self.in_batch_order(PackedTokens(v, layout.visual.lengths), layout.visual.order) if given_v else None
+        audio = self.in_batch_order(a, layout, "audio") if given_a else None
+        visual = self.in_batch_order(v, layout, "visual") if given_v else None
         return Features(audio, visual, layout.in_batch_order(tokens))
 
     # Training machinery.

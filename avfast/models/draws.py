@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avfast.masking import Kept, spans
 from avfast.ops import AttentionPlan
-from avfast.packing import PackedTokens, permute_rows
+from avfast.packing import permute_rows
 from avfast.tensors import tensor_cache, to_device
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Layout:
         pairs: batch rows that have both modalities; None for all.
         present_audio: ``(B,)`` 1 where an instance has audio; None for all.
         present_visual: likewise.
+        equal: all instances keep the same number of audio and the same number of visual patches.
         index: the int64 tensor that holds all others.
         plans: of the lengths audio + visual (``"both"``), ``"audio"``, ``"visual"``, joined (``"joined"``) and of all
             patches joined (``"dense"``).
@@ -73,6 +74,7 @@ class Layout:
     pairs: Tensor | None
     present_audio: Tensor | None
     present_visual: Tensor | None
+    equal: bool
     index: Tensor | None = None
     plans: dict[str, AttentionPlan] | None = None
 
@@ -110,6 +112,7 @@ class Layout:
             audio, visual, tuple(rows.tolist()), tuple(joined.reshape(-1, 2).sum(1).tolist()), total,
             order, back, places,
             *(None if x is None else torch.tensor(x, dtype=torch.int64, device=order.device) for x in rare),
+            len({*audio.lengths}) == len({*visual.lengths}) == 1,
         )  # fmt: skip
 
     @property
@@ -151,9 +154,9 @@ class Layout:
             plans={name: shared_plan(n, device) for name, n in self.plan_lengths().items()},
         )
 
-    def join(self, audio: PackedTokens, visual: PackedTokens) -> Tensor:
-        """``(T, D)`` rows of the joined sequences."""
-        return permute_rows(torch.cat([audio.values, visual.values]), self.order, self.back)
+    def join(self, audio: Tensor, visual: Tensor) -> Tensor:
+        """``(T, D)`` rows of the joined sequences, from the packed tokens of each modality."""
+        return permute_rows(torch.cat([audio, visual]), self.order, self.back)
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,7 @@ class FusionLayout(Layout):
 
     def in_batch_order(self, x: Tensor) -> Tensor:
         """``(B, ...)`` per packed instance, per batch row; where all lengths are equal these are the same."""
-        ragged = len(set(self.audio.lengths)) > 1 or len(set(self.visual.lengths)) > 1
-        return x[self.audio.inverse] if ragged else x
+        return x if self.equal else x[self.audio.inverse]
 
 
 def of_present(kept: Kept, present: Sequence[bool] | None) -> Kept:

@@ -171,7 +171,8 @@ def run_blocks(
     for i, block in enumerate(blocks):
         drop = None if drops is None else drops[i]
         if recompute and torch.is_grad_enabled():
-            pair = checkpoint(block, (add(*pair), None), plan, sizes, drop, use_reentrant=False, preserve_rng_state=False)
+            whole = (add(*pair), None)
+            pair = checkpoint(block, whole, plan, sizes, drop, use_reentrant=False, preserve_rng_state=False)
         else:
             pair = block(pair, plan, sizes, drop)
     return add(*pair) if norm is None else add_norm(norm, *pair, sizes)[0]

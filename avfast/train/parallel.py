@@ -107,7 +107,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """The model as the loop calls it: itself or compiled, in DDP, or sharded in place by FSDP2.
 
     One process compiles the whole pass; several compile what lies between the exchanges of the losses, and sharded ones
-    each block.
+    each block. Batches of many more shapes than usual (clips that lack a modality) run as they are in the end.
     """
     if config.shard == "fsdp2":
         if world_size() == 1:
@@ -124,7 +124,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
         return model
     has_unused = model.has_unused_parameters
     if config.compile:
-        model = cast(nn.Module, torch.compile(model, fullgraph=world_size() == 1))
+        model = cast(nn.Module, torch.compile(model))
     if world_size() == 1:
         return model
     # one small position table is laid out otherwise than DDP's buckets; copying it costs nothing worth a warning
