@@ -43,6 +43,9 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """The rows of all processes in rank order, and where this process's own begin.
 
+    The processes tell each other n over the host where their group can (gloo, as the training loop starts it), so that
+    none waits for its device in the middle of a step.
+
     Args:
         rows: ``(n, ...)``; n may differ between processes and may be 0.
 
@@ -51,7 +54,8 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """
     if world_size() == 1:
         return rows, 0
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    on_host = "cpu" in dist.get_backend_config()
+    counts = torch.zeros(world_size(), dtype=torch.int64, device="cpu" if on_host else rows.device)
     counts[dist.get_rank()] = rows.shape[0]
     sizes = tuple(all_sum(counts).tolist())
     return _GatherRows.apply(rows, sizes), sum(sizes[: dist.get_rank()])

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avfast.tensors import to_device
+
 
 def runs(lengths: Iterable[int]) -> list[tuple[int, int]]:
     """Consecutive equal lengths as ``(count, length)``: ``(5, 5, 3)`` gives ``[(2, 5), (1, 3)]``."""
@@ -23,7 +25,8 @@ def runs(lengths: Iterable[int]) -> list[tuple[int, int]]:
 
 def cumulative(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Sequence boundaries ``(S + 1,)`` int32, from 0 to the number of tokens."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+    return bounds if device is None else to_device(bounds, device)
 
 
 class _PermuteRows(torch.autograd.Function):

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from helpers import assert_close
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from avfast.data import frontend
+from avfast.data.clips import Batch
+from avfast.data.frontend import _imagenet
 from avfast.masking import DrawKey
 from avfast.models import Draws, create_model
 from avfast.models.draws import shared_plan
 from avfast.models.fusion_layout import shared_tokens
 from avfast.ops import AttentionPlan
-from avfast.train.graph import GraphedPass
+from avfast.tensors import tensor_cache
+from avfast.train.graph import GraphedPass, capture
+from avfast.train.trainer import Trainer
 
+_triangles, _htk_triangles = (vars(sys.modules["avfast.data.log_mel"])[x] for x in ("_triangles", "_htk_triangles"))
 NAMES = ("avsiam_tiny", "avsep_tiny", "cav_mae_tiny", "deepavfusion_tiny")
 BATCH = 12
 
@@ -42,6 +55,26 @@ class HostTensors(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
         self.found += [str(func)] if any(x.device.type == "cpu" for x in tensors) else []
+        return out
+
+
+class Copies(TorchDispatchMode):
+    """What makes the host wait for a CUDA device: copies that block or leave from pageable memory, and reads."""
+
+    def __init__(self, pinned: set[int]) -> None:
+        super().__init__()
+        self.pinned, self.crossings, self.waits = pinned, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+        kinds = {x.device.type for x in tensors}
+        if func is torch.ops.aten._local_scalar_dense.default and "cuda" in kinds:
+            self.waits.append(str(func))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default) and kinds == {"cpu", "cuda"}:
+            self.crossings += 1
+            if not (kwargs or {}).get("non_blocking") or id(args[0]) not in self.pinned:
+                self.waits.append(f"{func} of {tuple(args[0].shape)} {args[0].dtype}")
         return out
 
 
@@ -80,10 +113,83 @@ def test_a_forward_pass_touches_no_host_tensor(name, missing, fake_plans):
         assert host.found, "the control, draws that are still on the CPU, must be seen"
 
 
+def filters_on_the_device(mels, fft, *_):
+    return torch.zeros(fft // 2 + 1, mels, device="cuda")
+
+
+def fake_batch(model, size=4):
+    samples = model.frontend.num_samples
+    return Batch(
+        waveform=torch.zeros(size, samples),
+        num_samples=torch.full((size,), samples),
+        frames=torch.zeros(size, 3, model.img_size, model.img_size, dtype=torch.uint8),
+        has_audio=torch.tensor([True] * size),
+        has_visual=torch.tensor([i != 1 for i in range(size)]),
+        labels=None, index=torch.arange(size), positions=tuple(range(size)), step=5, total=size, failures=[],
+        short=torch.zeros(size, dtype=torch.bool),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["avsiam_tiny", "deepavfusion_tiny"])
+def test_the_inputs_of_a_step_reach_the_device_without_a_wait(name, fake_plans, monkeypatch):
+    kept, pinned = [], set()
+
+    def pin(x):  # the pageable original must not count, and the copy's id must not be given to another
+        kept.append(x.clone())
+        pinned.add(id(kept[-1]))
+        return kept[-1]
+
+    model = create_model(name, depth=1)
+    batch = fake_batch(model)
+    trainer = SimpleNamespace(model=model, config=SimpleNamespace(seed=3), device=torch.device("cuda"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        # tables that a first step left on the device; generators of a device need one
+        for table in ("_triangles", "_htk_triangles"):
+            monkeypatch.setattr(sys.modules["avfast.data.log_mel"], table, filters_on_the_device)
+        monkeypatch.setattr(frontend, "_imagenet", lambda device: (torch.ones(3, 1, 1, device=device),) * 2)
+        monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: id(x) in pinned)
+        with Copies(pinned) as seen:
+            audio, visual, draws = Trainer.inputs(trainer, batch, "joint")
+        assert {x.device.type for x in (audio, visual, draws.layout.index)} == {"cuda"}
+        assert seen.crossings >= 4 and not seen.waits
+        with Copies(pinned) as seen:
+            batch.waveform.to("cuda")
+        assert seen.waits, "the control, a copy that blocks, must be seen"
+
+
+@pytest.mark.parametrize(
+    "name", ["avsiam_tiny", pytest.param("cav_mae_tiny", marks=pytest.mark.slow), "deepavfusion_tiny"]
+)
+def test_a_compiled_model_draws_and_serves_all_batch_sizes_after_one_recompilation(name):
+    """Two graphs, before and after the draws, each compiled once more with shapes that may change."""
+    model = create_model(name, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=16, decoder_num_heads=2)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled, graphs = torch.compile(model, backend=counter), []
+    for batch in (6, 12, 7, 2):
+        assert torch.isfinite(compiled(*inputs(model, batch)).loss)
+        graphs.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert graphs[0] == 2 and graphs[1:] == [4, 4, 4]
+
+
+def test_a_compiled_model_equals_the_plain_one_for_draws_given_and_a_modality_missing():
+    model = create_model("avsiam_tiny", embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=16, decoder_num_heads=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    audio, visual = inputs(model, 4)
+    draws = model.draw(4)
+    assert_close("loss", compiled(audio, visual, draws).loss, model(audio, visual, draws).loss, 1e-6)
+    assert_close("audio alone", compiled(audio, None, draws).loss, model(audio, None, draws).loss, 1e-6)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_multi_ratio_steps_compile_once_and_whole(name):
     torch.manual_seed(0)
-    model = create_model(name)
+    model = create_model(name, depth=1, decoder_depth=1)
     twin, data = copy.deepcopy(model), inputs(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for step in range(3):
@@ -133,6 +239,75 @@ def test_draws_do_not_depend_on_the_split_over_processes(name):
             want = getattr(whole, kind).to_list()
             for position, ids in zip(positions, getattr(part, kind).to_list(), strict=True):
                 assert torch.equal(ids, want[position])
+
+
+@pytest.mark.parametrize(
+    "keep, words",
+    [(torch.tensor([[0, 10_000]]), r"0 \.\. \d+, got 10000"), (torch.ones(1, 64, dtype=torch.bool), "bool mask")],
+)
+@pytest.mark.parametrize("name", ["avsiam_tiny", "deepavfusion_tiny"])
+def test_kept_patches_that_the_model_does_not_have_are_refused(name, keep, words):
+    model = create_model(name, depth=1, decoder_depth=1)
+    with pytest.raises((TypeError, ValueError), match=words):
+        model(*inputs(model, 1), Draws(audio_keep=keep))
+    with pytest.raises((TypeError, ValueError), match=words):
+        model.encode(*inputs(model, 1), visual_keep=keep)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda a, v: (a.short(), v), "audio must be floating point, got torch.int16; model.frontend.audio"),
+        (lambda a, v: (a, v.byte()), "visual must be floating point, got torch.uint8; model.frontend.visual"),
+        (lambda a, v: (a, v.permute(0, 2, 3, 1)), r"channels come first: visual.permute\(0, 3, 1, 2\)"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(change, words):
+    model = create_model("avsiam_tiny", depth=1, decoder_depth=1)
+    for call in (model, model.encode):
+        with pytest.raises(ValueError, match=words):
+            call(*change(*inputs(model, 1)))
+
+
+@pytest.mark.parametrize("name", ["avsiam_tiny", "cav_mae_tiny", "deepavfusion_tiny"])
+def test_the_default_dtype_changes_neither_weights_nor_losses(name):
+    """Nor what the front end makes of a clip."""
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            for table in (_imagenet, _triangles, _htk_triangles, shared_plan, shared_tokens):
+                table.cache_clear()
+            torch.manual_seed(0)
+            model = create_model(name, depth=1, decoder_depth=1)
+            wave = torch.linspace(-1, 1, model.frontend.num_samples, dtype=torch.float32).expand(3, -1)
+            key = DrawKey(0, 0, range(3), 3)
+            audio = model.frontend.audio(wave, train=True, key=key)
+            visual = model.frontend.visual(torch.full((3, 3, model.img_size, model.img_size), 7, dtype=torch.uint8))
+            found.append((audio, visual, *model.parameters(), model(audio, visual, model.draw(3, key=key)).loss))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for others in found[1:]:
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
+def test_what_is_cached_serves_training_whatever_the_mode_it_was_made_in(mode):
+    made = []
+
+    @tensor_cache
+    def table(size):
+        made.append(size)
+        return torch.ones(size)
+
+    weight = torch.ones(3, requires_grad=True)
+    with mode():
+        table(3)
+    (weight * table(3)).sum().backward()
+    assert type(table(3)) is torch.Tensor and torch.equal(weight.grad, torch.ones(3))
+    assert table(3) is table(3) and len(made) == (1 if mode is torch.inference_mode else 2)
+    with FakeTensorMode():
+        assert type(table(3)) is not torch.Tensor, "what is kept is not mixed into a traced model"
 
 
 def test_changed_draws_are_packed_anew():
@@ -187,6 +362,65 @@ def test_a_replayed_pass_trains_as_the_plain_one():
     # not bit for bit: with several threads a matrix product depends on where its operands lie in memory
     assert_close("losses", got, want, 1e-5)
     assert_close("parameters", *(torch.cat([p.flatten() for p in side]) for side in (ours, parameters)), 1e-5)
+
+
+class Calls(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_replay_zeroes_and_copies_all_gradients_at_once():
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(5)])
+    data = torch.ones(3, 2), torch.ones(3, 2)
+    draws = SimpleNamespace(branch="joint", layout=SimpleNamespace(signature=(), index=torch.zeros(1)))
+    draws.to = lambda device: draws
+
+    def run(audio, visual, draws, parts):
+        model(audio).sum().backward()
+        return {"loss": torch.zeros(())}
+
+    passes = GraphedPass(run, model.parameters(), lambda run: (run(), lambda: None))
+    for _ in range(3):
+        passes(*data, draws, 1)
+    model.zero_grad(set_to_none=True)
+    with Calls() as calls:
+        passes(*data, draws, 1)
+    assert calls.counts[torch.ops.aten._foreach_zero_] == 1 and not calls.counts[torch.ops.aten.zero_]
+    assert all((p.grad == 0).all() for p in model.parameters())
+    others = [torch.full_like(p, 2) for p in model.parameters()]
+    for parameter, grad in zip(model.parameters(), others, strict=True):
+        parameter.grad = grad
+    with Calls() as calls:
+        passes(*data, draws, 1)
+    assert calls.counts[torch.ops.aten._foreach_copy_] == 1 and calls.counts[torch.ops.aten.copy_] == 3, "the inputs"
+    assert all((p.grad == 2).all() for p in model.parameters())
+
+
+def test_a_capture_is_of_its_own_thread(monkeypatch):
+    """Another thread, the loader's, allocates page-locked memory meanwhile."""
+    made, stream = [], MagicMock()
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, stream)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: made.append(how) or nullcontext())
+    capture(lambda: {})
+    assert made == [{"capture_error_mode": "thread_local"}]
+
+
+@pytest.mark.parametrize("name", ["avsiam_tiny", "deepavfusion_tiny"])
+def test_recomputation_does_not_ask_for_the_random_state(name, monkeypatch):
+    """A CUDA graph cannot capture that, and all draws are made outside."""
+    model = create_model(name, depth=2)
+    model.set_grad_checkpointing(True)
+    draws = model.draw(2)
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    model(*inputs(model, 2), draws).loss.backward()
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.tasks.features import KINDS, pooled
+from avfast.tasks.features import KINDS, _gather, pooled
 from avfast.tasks.probe import average_precision, linear_probe
 from avfast.tasks.retrieval import chance, ranks, recall, retrieval
 
@@ -141,3 +141,14 @@ def test_pooled_features_read_what_a_clip_has():
             torch.testing.assert_close(found[kind][row], want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no clip could be read"):
         pooled(model, [collate([broken], total=1, image_size=64)], "cpu")
+
+
+def test_a_diverged_model_gives_no_figure():
+    features, labels = torch.randn(8, 3), torch.eye(2).repeat(4, 1)
+    broken = features.index_fill(0, torch.tensor([5]), torch.nan)
+    for pair, words in (((broken, features), "train_features"), ((features, broken), "test_features")):
+        with pytest.raises(ValueError, match=f"{words} hold values that are not finite"):
+            linear_probe(pair[0], labels, pair[1], labels)
+    local = {"index": torch.arange(8), "audio": broken, "index_audio": torch.arange(8)}
+    with pytest.raises(ValueError, match="the features of 1 of 8 clips are not finite"):
+        _gather(local, [])

@@ -152,7 +152,8 @@ class AudioVisualMAE(nn.Module):
         """``visual`` if it is ``(B, 3, H, W)`` of this model's size."""
         size = self.img_size
         if visual.ndim != 4 or tuple(visual.shape[1:]) != (3, size, size):
-            raise ValueError(f"visual must be (B, 3, {size}, {size}), got {tuple(visual.shape)}")
+            hint = "; channels come first: visual.permute(0, 3, 1, 2)" if visual.shape[-1] == 3 else ""
+            raise ValueError(f"visual must be (B, 3, {size}, {size}), got {tuple(visual.shape)}{hint}")
         return visual
 
     def inputs(self, audio: Tensor | None, visual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -160,8 +161,9 @@ class AudioVisualMAE(nn.Module):
         given = audio if audio is not None else visual
         if given is None:
             raise ValueError("give audio, visual or both")
-        if not given.is_floating_point() or (visual is not None and not visual.is_floating_point()):
-            raise ValueError(f"inputs must be floating point (use model.frontend), got {given.dtype}")
+        for name, x in (("audio", audio), ("visual", visual)):
+            if x is not None and not x.is_floating_point():
+                raise ValueError(f"{name} must be floating point, got {x.dtype}; model.frontend.{name} makes it so")
         if audio is not None and visual is not None and len(audio) != len(visual):
             raise ValueError(f"audio and visual must pair up, got batches of {len(audio)} and {len(visual)}")
         if audio is None:
@@ -217,8 +219,8 @@ class AudioVisualMAE(nn.Module):
 
     def laid_out(self, draws: Draws) -> Draws:
         """Complete draws together with the packing of their tokens."""
-        kept = as_kept(draws.audio_keep), as_kept(draws.visual_keep)
         patches = self.patch_embed_a.num_patches, self.patch_embed.num_patches
+        kept = as_kept(draws.audio_keep, patches[0]), as_kept(draws.visual_keep, patches[1])
         return draws.with_layout(Layout.of(*kept, patches, (draws.has_audio, draws.has_visual)))
 
     def masking(self, branch: str) -> tuple[tuple[float, ...], Structure]:

@@ -224,11 +224,11 @@ class DeepAVFusion(AudioVisualMAE):
         return [(self.audio_mask_ratio, self.visual_mask_ratio)] * len(key.positions)
 
     def laid_out(self, draws: Draws) -> Draws:
-        kept_a, kept_v = align(
-            of_present(as_kept(draws.audio_keep), draws.has_audio),
-            of_present(as_kept(draws.visual_keep), draws.has_visual),
-        )
         counts = self.patch_embed_a.num_patches, self.patch_embed.num_patches
+        kept_a, kept_v = align(
+            of_present(as_kept(draws.audio_keep, counts[0]), draws.has_audio),
+            of_present(as_kept(draws.visual_keep, counts[1]), draws.has_visual),
+        )
         layout = cast(FusionLayout, FusionLayout.of(kept_a, kept_v, counts, (draws.has_audio, draws.has_visual)))
         return draws.with_layout(replace(layout, context=self.fusion_tokens.shape[1], counts=counts))
 

@@ -26,9 +26,18 @@ def shared_plan(lengths: tuple[int, ...], device: torch.device) -> AttentionPlan
     return AttentionPlan.of(lengths, device=device)
 
 
-def as_kept(keep: Keep) -> Kept:
-    """Pack lists of ids; pass :class:`~avfast.masking.Kept` through."""
-    return keep if isinstance(keep, Kept) else Kept.pack(keep)
+def as_kept(keep: Keep, num_patches: int | None = None) -> Kept:
+    """Pack lists of ids; pass :class:`~avfast.masking.Kept` through.
+
+    Raises:
+        ValueError: for ids on the CPU that are ``num_patches`` or more.
+    """
+    if isinstance(keep, Kept):
+        return keep
+    kept = Kept.pack(keep)
+    if num_patches is not None and kept.ids.device.type == "cpu" and len(kept.ids) and kept.ids.max() >= num_patches:
+        raise ValueError(f"ids of kept patches lie in 0 .. {num_patches - 1}, got {int(kept.ids.max())}")
+    return kept
 
 
 def longest_first(audio: np.ndarray, visual: np.ndarray) -> np.ndarray:

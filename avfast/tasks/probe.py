@@ -33,11 +33,17 @@ def linear_probe(
         ``{"accuracy": ..., "chance": 1 / classes, "majority": ...}``, where ``majority`` is the accuracy of always
         answering the most frequent training class; or ``{"mAP": ..., "chance": ...}`` over the classes that have a
         clip on both sides, with the mean share of positives as chance.
+
+    Raises:
+        ValueError: without clips on both sides, with label matrices that do not fit, or for a value that is not finite.
     """
     if len(train_features) == 0 or len(test_features) == 0:
         raise ValueError(f"a probe needs clips on both sides, got {len(train_features)} and {len(test_features)}")
     if train_labels.shape[1] != test_labels.shape[1]:
         raise ValueError(f"label widths differ: {train_labels.shape[1]} and {test_labels.shape[1]} classes")
+    for name, x in (("train_features", train_features), ("test_features", test_features)):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name} hold values that are not finite; no probe can be fitted")
     train, test = train_features.double(), test_features.double()
     mean, std = train.mean(0), train.std(0, correction=0)
     train, test = ((x - mean) / torch.where(std > 1e-6 * std.max(), std, torch.inf) for x in (train, test))
