@@ -239,8 +239,8 @@ class Kept:
         lengths = counts[order]
         rows = order.repeat(lengths)
         ids = np.flatnonzero(kept[order]) - np.arange(len(order)).repeat(lengths) * kept.shape[1]
-        tensors = (torch.from_numpy(x) for x in (ids, rows, np.argsort(order)))
-        return cls(*tensors, tuple(lengths.tolist()), tuple(order.tolist()))
+        packed = [torch.from_numpy(x) for x in (ids, rows, np.argsort(order))]
+        return cls(packed[0], packed[1], packed[2], tuple(lengths.tolist()), tuple(order.tolist()))
 
     @classmethod
     def all(cls, batch_size: int, num_patches: int, device: torch.device | str | None = "cpu") -> Kept:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from avfast import distributed
 from avfast.data import frontend
 from avfast.data.clips import Batch
 from avfast.data.frontend import _imagenet
@@ -446,3 +447,20 @@ def test_a_cuda_graph_trains_as_the_plain_pass(name):
             optimizer.step()
         results.append(torch.stack(losses))
     assert_close("losses", results[1], results[0], 1e-3)
+
+
+@pytest.mark.parametrize("backends, device", [("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "meta")])
+def test_sizes_of_other_processes_come_over_the_host(backends, device, monkeypatch):
+    """Not over the device, which would have to finish first; where a group has no other way they do."""
+    asked = []
+
+    def all_reduce(counts):
+        asked.append(counts.device.type)
+        return torch.tensor([3, 2])
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_sum", all_reduce)
+    monkeypatch.setattr(distributed._GatherRows, "apply", lambda rows, sizes: sizes)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda: backends)
+    assert distributed.gather_rows(torch.empty(2, 4, device="meta")) == ((3, 2), 3) and asked == [device]

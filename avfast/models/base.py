@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -233,12 +233,14 @@ class AudioVisualMAE(nn.Module):
 
     def complete(self, draws: Draws | None, batch_size: int) -> Draws:
         """``draws`` with what is missing drawn, checked against this model and laid out on its device."""
-        layout = None if draws is None else draws.layout
+        if draws is None:
+            return self.packed_here(Draws(), batch_size)
+        layout = draws.layout
         if layout is not None and layout.index is not None and layout.index.device == self.device:
             if layout.audio.inverse.shape[0] != batch_size:
                 raise ValueError(f"draws are of {layout.audio.inverse.shape[0]} instances, the batch has {batch_size}")
             return draws
-        return self.packed_here(Draws() if draws is None else draws, batch_size)
+        return self.packed_here(draws, batch_size)
 
     @untraced
     def packed_here(self, draws: Draws, batch_size: int) -> Draws:
@@ -389,12 +391,12 @@ class AudioVisualMAE(nn.Module):
         visual_keep: Keep | None = None,
     ) -> Layout:
         """The packing of given kept patches, default all, of what is given, on its device."""
-        given = audio if audio is not None else visual
+        given = cast(Tensor, audio if audio is not None else visual)
         kept = [
             Kept.all(len(given), 0 if x is None else part.num_patches) if x is None or keep is None else keep
             for x, keep, part in ((audio, audio_keep, self.patch_embed_a), (visual, visual_keep, self.patch_embed))
         ]
-        return self.laid_out(Draws(*kept)).to(given.device).layout
+        return cast(Layout, self.laid_out(Draws(*kept)).to(given.device).layout)
 
     @staticmethod
     def in_batch_order(values: Tensor, layout: Layout, part: str) -> Tensor | PackedTokens:

@@ -121,7 +121,7 @@ class Layout:
             audio, visual, tuple(rows.tolist()), tuple(joined.reshape(-1, 2).sum(1).tolist()), total,
             order, back, places,
             *(None if x is None else torch.tensor(x, dtype=torch.int64, device=order.device) for x in rare),
-            len({*audio.lengths}) == len({*visual.lengths}) == 1,
+            equal=len({*audio.lengths}) == len({*visual.lengths}) == 1,
         )  # fmt: skip
 
     @property
