@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from avfast.packing import PackedTokens
 from avfast.tensors import to_device
 
 if TYPE_CHECKING:
@@ -305,6 +306,9 @@ class Kept:
 
     def mean(self, tokens: Tensor, num_patches: int) -> Tensor:
         """``(B, D)`` mean of the packed tokens ``(T, D)`` of each batch row; a row without any gives zeros."""
+        if not torch.compiler.is_compiling():
+            return PackedTokens(tokens, self.lengths).mean()[self.inverse]
+        # without the lengths of the host, which a compiled step would be compiled anew for
         placed = tokens.new_zeros(self.inverse.shape[0] * num_patches, tokens.shape[1])
         placed = placed.index_copy(0, self.flat(num_patches), tokens).unflatten(0, (-1, num_patches))
         counts = (~self.masked(num_patches)).sum(1, keepdim=True).clamp(min=1)

@@ -116,11 +116,14 @@ class Layout:
         total = sum(patches)
         places = torch.cat([audio.rows * total + audio.ids, visual.rows * total + patches[0] + visual.ids])[order]
         pairs = ((lengths[0] > 0) & (lengths[1] > 0)).nonzero()[0].tolist()
-        rare = (pairs if len(pairs) < len(audio) else None, *(None if all(has or ()) else has for has in presence))
+        optional = (
+            pairs if len(pairs) < len(audio) else None,
+            *(None if all(has or ()) else has for has in presence),
+        )
+        rare = [None if x is None else torch.tensor(x, dtype=torch.int64, device=order.device) for x in optional]
         return cls(
             audio, visual, tuple(rows.tolist()), tuple(joined.reshape(-1, 2).sum(1).tolist()), total,
-            order, back, places,
-            *(None if x is None else torch.tensor(x, dtype=torch.int64, device=order.device) for x in rare),
+            order, back, places, rare[0], rare[1], rare[2],
             equal=len({*audio.lengths}) == len({*visual.lengths}) == 1,
         )  # fmt: skip
 
