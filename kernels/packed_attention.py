@@ -1,77 +1,69 @@
-"""Attention within packed sequences, in Triton: one forward kernel, two backward kernels, no atomics.
+"""Attention within packed sequences, in Triton: launchers and tile table of one forward and three backward kernels.
 
-A program owns one block of rows of one head and loops over the rows of the other side, so every element has one writer
-and the result does not depend on the order in which programs run. Which block of which sequence, a work list says
-(see :mod:`avfast.ops.packed_attention`): an item is (first row, end of its sequence, first and end of the other side's
-rows), 16 bytes, so that a program's first loads wait for one load only. Items with nothing to do exit at once.
+A program owns one block of rows of one head and loops over the rows of the other side, so every element has one writer,
+nothing is added atomically, and the result does not depend on the order in which programs run. Which block of which
+sequence, a work list says (see :mod:`avfast.ops._attention_work`), one list and one launch per length class. An item is
+(first row, end of its sequence, first and end of the other side's rows), 16 bytes, so that a program's first loads wait
+for one load only. Items with nothing to do exit at once.
+
+The loop is over full tiles, which are loaded without masks; what is left over is one tile more, no wider than it must
+be. Head dimensions between powers of two are two blocks of columns, as 64 + 16 for 80. Where a class of sequences fits
+one program, that program does the whole backward: five products in place of the seven of dq and dkv.
 
 Softmax runs in base 2 with the scale folded into one multiply-add: p = 2^(c s - m), c = scale log2(e) > 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-HEAD_DIMS = (16, 32, 64, 80, 128)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from avfast.kernels import common
+from avfast.kernels.common import DTYPES, HEAD_DIMS, supports, unit_stride
+from avfast.kernels.packed_attention_backward import packed_dkv_kernel, packed_dq_kernel, packed_whole_kernel
+from avfast.kernels.packed_tiles import clear_rows, item, load, multiply_add, products, store, zeros
+from avfast.ops._attention_work import ROWS, SPARE
 
-WorkLists = Sequence[tuple[int, Tensor]]
-"""(rows per item, ``(N, 4)`` int32 items) per length class, see :func:`avfast.ops.packed_attention.work_lists`."""
-
-
-@triton.jit
-def _rows(
-    pointer, begin, end, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
-):
-    """``(BLOCK, BLOCK_D)`` rows from ``begin``; zeros from row ``end`` and from column ``D`` on."""
-    i = tl.arange(0, BLOCK)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    mask = begin + i < end
-    if D < BLOCK_D:
-        mask = mask & (d < D)
-    x = tl.load(pointer + tl.cast(begin, tl.int64) * stride + i * stride + d, mask=mask, other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
+__all__ = ["KERNELS", "TABLE", "Tile", "backward", "candidates", "constants", "forward", "override", "supports", "tile"]
 
 
 @triton.jit
-def _store_rows(pointer, x, begin, end, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    i = tl.arange(0, BLOCK)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    mask = begin + i < end
-    if D < BLOCK_D:
-        mask = mask & (d < D)
-    tl.store(pointer + tl.cast(begin, tl.int64) * stride + i * stride + d, x.to(pointer.dtype.element_ty), mask=mask)
+def _attend(
+    qs, q_rest, k, v, start, end, k_row, v_row, c, top, total, acc, acc_rest,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: running maximum, sum of weights, and weighted sum of values."""
+    ks, k_rest = load(k, start, end, k_row, D, BLOCK_N, BLOCK_D, REST, FULL, UPCAST)
+    vs, v_rest = load(v, start, end, v_row, D, BLOCK_N, BLOCK_D, REST, FULL, UPCAST)
+    s = products(qs, q_rest, ks, k_rest, REST, PRECISION)
+    if not FULL:
+        s = tl.where((start + tl.arange(0, BLOCK_N) < end)[None, :], s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1) * c)
+    p = tl.exp2(s * c - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    if REST:
+        acc_rest = acc_rest * shrink[:, None]
+    acc, acc_rest = multiply_add(p.to(vs.dtype), vs, v_rest, acc, acc_rest, REST, PRECISION)
+    return new_top, total, acc, acc_rest
 
 
-@triton.jit
-def _zero_rows(pointer, begin, end, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    zeros = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for start in range(begin, end, BLOCK):
-        _store_rows(pointer, zeros, start, end, stride, D, BLOCK, BLOCK_D)
-
-
-@triton.jit
-def _item(work, index, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """(first own row, end of the own rows, first other row, end of the other rows)."""
-    entry = work + (index // SPLIT) * 4
-    begin = tl.load(entry) + (index % SPLIT) * BLOCK
-    return begin, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-
-
-@triton.jit(do_not_specialize=["items", "rows"])
-def forward_kernel(
+@triton.jit(do_not_specialize=["items", "rows"], do_not_specialize_on_alignment=["boundary"])
+def packed_forward_kernel(
     q, k, v, out, lse, work, boundary, q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
     heads, items, rows, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head."""
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -80,233 +72,240 @@ def forward_kernel(
     lse += head * rows
     if index == items:
         end = tl.load(boundary)
-        _zero_rows(out, end, rows, out_row, D, BLOCK_M, BLOCK_D)
+        clear_rows(out, end, rows, out_row, D, BLOCK_M, BLOCK_D, REST)
         for start in range(end, rows, BLOCK_M):
             i = start + tl.arange(0, BLOCK_M)
             tl.store(lse + i, float("-inf"), mask=i < rows)
         return
-    begin, end, begin_k, end_k = _item(work, index, SPLIT, BLOCK_M)
+    begin, end, begin_k, end_k = item(work, index, SPLIT, BLOCK_M)
     if begin >= end:
         return
     k += head * k_head
     v += head * v_head
-    qs = _rows(q + head * q_head, begin, end, q_row, D, BLOCK_M, BLOCK_D, UPCAST)
+    qs, q_rest = load(q + head * q_head, begin, end, q_row, D, BLOCK_M, BLOCK_D, REST, False, UPCAST)
     c = scale * 1.4426950408889634
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(begin_k, end_k, BLOCK_N):
-        ks = _rows(k, start, end_k, k_row, D, BLOCK_N, BLOCK_D, UPCAST)
-        vs = _rows(v, start, end_k, v_row, D, BLOCK_N, BLOCK_D, UPCAST)
-        s = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
-        s = tl.where((start + tl.arange(0, BLOCK_N) < end_k)[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * c)
-        p = tl.exp2(s * c - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(vs.dtype), vs, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
+    acc, acc_rest = zeros(BLOCK_M, BLOCK_D, REST)
+    full = begin_k + (end_k - begin_k) // BLOCK_N * BLOCK_N
+    for start in range(begin_k, full, BLOCK_N):
+        top, total, acc, acc_rest = _attend(
+            qs, q_rest, k, v, start, end_k, k_row, v_row, c, top, total, acc, acc_rest,
+            D, BLOCK_D, REST, BLOCK_N, True, PRECISION, UPCAST,
+        )  # fmt: skip
+    left = end_k - full
+    if left > TAIL:
+        top, total, acc, acc_rest = _attend(
+            qs, q_rest, k, v, full, end_k, k_row, v_row, c, top, total, acc, acc_rest,
+            D, BLOCK_D, REST, BLOCK_N, False, PRECISION, UPCAST,
+        )  # fmt: skip
+    elif left > 0:
+        if TAIL:
+            top, total, acc, acc_rest = _attend(
+                qs, q_rest, k, v, full, end_k, k_row, v_row, c, top, total, acc, acc_rest,
+                D, BLOCK_D, REST, TAIL, False, PRECISION, UPCAST,
+            )  # fmt: skip
     # A sequence without keys: total stays 0, the output 0 and the log-sum-exp -inf.
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    _store_rows(out, acc, begin, end, out_row, D, BLOCK_M, BLOCK_D)
+    share = tl.where(total > 0, total, 1.0)[:, None]
+    store(out, acc / share, acc_rest / share, begin, end, out_row, D, BLOCK_M, BLOCK_D, REST)
     i = begin + tl.arange(0, BLOCK_M)
     tl.store(lse + i, (top + tl.log2(total)) * 0.6931471805599453, mask=i < end)
 
 
-@triton.jit(do_not_specialize=["items", "rows"])
-def dq_kernel(
-    grad, q, k, v, out, lse, delta, dq, work, boundary, grad_row, grad_head, q_row, q_head, k_row, k_head,
-    v_row, v_head, out_row, out_head, dq_row, dq_head, heads, items, rows, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dQ of one block of queries of one head, and delta = sum_d dO O, which the other kernel needs as well."""
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    index = tl.program_id(0) // heads
-    dq += head * dq_head
-    if index == items:
-        _zero_rows(dq, tl.load(boundary), rows, dq_row, D, BLOCK_M, BLOCK_D)
-        return
-    begin, end, begin_k, end_k = _item(work, index, SPLIT, BLOCK_M)
-    if begin >= end:
-        return
-    k += head * k_head
-    v += head * v_head
-    i = begin + tl.arange(0, BLOCK_M)
-    do = _rows(grad + head * grad_head, begin, end, grad_row, D, BLOCK_M, BLOCK_D, UPCAST)
-    o = _rows(out + head * out_head, begin, end, out_row, D, BLOCK_M, BLOCK_D, UPCAST)
-    de = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + head * rows + i, de, mask=i < end)
-    qs = _rows(q + head * q_head, begin, end, q_row, D, BLOCK_M, BLOCK_D, UPCAST)
-    c = scale * 1.4426950408889634
-    # +inf makes p = 0 in rows beyond the sequence.
-    top = tl.load(lse + head * rows + i, mask=i < end, other=float("inf")) * 1.4426950408889634
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(begin_k, end_k, BLOCK_N):
-        ks = _rows(k, start, end_k, k_row, D, BLOCK_N, BLOCK_D, UPCAST)
-        vs = _rows(v, start, end_k, v_row, D, BLOCK_N, BLOCK_D, UPCAST)
-        s = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
-        # Beyond the last key s = 0 and p may overflow; its product with the zero row of K would be NaN.
-        p = tl.where((start + tl.arange(0, BLOCK_N) < end_k)[None, :], tl.exp2(s * c - top[:, None]), 0.0)
-        dp = tl.dot(do, tl.trans(vs), input_precision=PRECISION)
-        ds = p * (dp - de[:, None])
-        acc = tl.dot(ds.to(ks.dtype), ks, acc, input_precision=PRECISION)
-    _store_rows(dq, acc * scale, begin, end, dq_row, D, BLOCK_M, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["items", "rows", "rows_q"])
-def dkv_kernel(
-    grad, q, k, v, lse, delta, dk, dv, work, boundary, grad_row, grad_head, q_row, q_head, k_row, k_head,
-    v_row, v_head, dk_row, dk_head, dv_row, dv_head, heads, items, rows, rows_q, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of one block of keys of one head."""
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    index = tl.program_id(0) // heads
-    dk += head * dk_head
-    dv += head * dv_head
-    if index == items:
-        end = tl.load(boundary)
-        _zero_rows(dk, end, rows, dk_row, D, BLOCK_N, BLOCK_D)
-        _zero_rows(dv, end, rows, dv_row, D, BLOCK_N, BLOCK_D)
-        return
-    begin, end, begin_q, end_q = _item(work, index, SPLIT, BLOCK_N)
-    if begin >= end:
-        return
-    grad += head * grad_head
-    q += head * q_head
-    lse += head * rows_q
-    delta += head * rows_q
-    ks = _rows(k + head * k_head, begin, end, k_row, D, BLOCK_N, BLOCK_D, UPCAST)
-    vs = _rows(v + head * v_head, begin, end, v_row, D, BLOCK_N, BLOCK_D, UPCAST)
-    c = scale * 1.4426950408889634
-    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(begin_q, end_q, BLOCK_M):
-        qs = _rows(q, start, end_q, q_row, D, BLOCK_M, BLOCK_D, UPCAST)
-        do = _rows(grad, start, end_q, grad_row, D, BLOCK_M, BLOCK_D, UPCAST)
-        i = start + tl.arange(0, BLOCK_M)
-        # +inf makes p = 0 beyond the last query.
-        top = tl.load(lse + i, mask=i < end_q, other=float("inf")) * 1.4426950408889634
-        de = tl.load(delta + i, mask=i < end_q, other=0.0)
-        s = tl.dot(ks, tl.trans(qs), input_precision=PRECISION)
-        p = tl.exp2(s * c - top[None, :])
-        acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
-        dp = tl.dot(vs, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp - de[None, :])
-        acc_k = tl.dot(ds.to(qs.dtype), qs, acc_k, input_precision=PRECISION)
-    _store_rows(dk, acc_k * scale, begin, end, dk_row, D, BLOCK_N, BLOCK_D)
-    _store_rows(dv, acc_v, begin, end, dv_row, D, BLOCK_N, BLOCK_D)
+KERNELS = {
+    "forward": packed_forward_kernel,
+    "dq": packed_dq_kernel,
+    "dkv": packed_dkv_kernel,
+    "whole": packed_whole_kernel,
+}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows a program owns, rows of the other side per iteration, warps, pipeline stages."""
+    """How a kernel is cut.
+
+    Args:
+        own: rows of a program; for ``whole`` at least the longest sequence.
+        other: rows of the other side per iteration.
+        warps: per program.
+        stages: of the loop's pipeline.
+        tail: rows of the tile for what full tiles leave over, where no more is left; 0 for one of ``other`` rows.
+        registers: most per thread, which lets more programs run at once; 0 leaves it to the compiler.
+    """
 
     own: int
     other: int
     warps: int
     stages: int
+    tail: int = 0
+    registers: int = 0
 
 
-def tile(kernel: str, head_dim: int, dtype: torch.dtype, block: int) -> Tile:
-    """What a kernel runs with on work items of ``block`` rows.
+@dataclass(frozen=True)
+class Row:
+    """Tiles of a kernel for length classes, up to a head dimension, for values of so many bytes: what is shipped, then
+    candidates whose worth only time on a GPU can tell. No tiles: the kernel does not take such sequences."""
 
-    Chosen from the compiler's reports of registers and shared memory (tests/test_kernels_compile.py); times on a GPU
-    have not been taken yet.
-    """
-    if dtype == torch.float32:
-        if head_dim <= 64:
-            return Tile(64, 16 if kernel == "dkv" else 32, 4, 2)
-        return Tile(16, 16 if kernel == "dkv" else 32, 4, 2)
-    warps = 4 if block == 64 else 8
-    if head_dim > 64:
-        return Tile(block, 64 if kernel == "forward" and block > 64 else 32, warps, 2)
-    if kernel == "dkv":
-        return Tile(block, 32 if block == 64 else 64, warps, 2)
-    return Tile(block, 64, warps, 3 if kernel == "forward" and block > 64 else 2)
+    kernel: str
+    sizes: tuple[str, ...]
+    columns: int
+    bytes: int
+    tiles: tuple[Tile, ...]
 
 
-def constants(kernel: str, head_dim: int, dtype: torch.dtype, block: int, upcast: bool = False) -> dict:
-    """Compile-time arguments and launch options."""
-    t = tile(kernel, head_dim, dtype, block)
+EACH = tuple(ROWS)
+BLOCKS_OF_64 = ("tiny", "short")
+TABLE = (
+    Row("forward", BLOCKS_OF_64, 64, 2, (Tile(64, 64, 4, 2, 16),)),
+    Row("forward", ("long",), 64, 2, (Tile(128, 64, 8, 3, 16),)),
+    Row("forward", BLOCKS_OF_64, 128, 2, (Tile(64, 32, 4, 2),)),
+    Row("forward", ("long",), 128, 2, (Tile(128, 64, 8, 2),)),
+    Row("forward", EACH, 64, 4, (Tile(64, 32, 4, 2),)),
+    Row("forward", EACH, 128, 4, (Tile(16, 32, 4, 2),)),
+    Row("dq", BLOCKS_OF_64, 64, 2, (Tile(64, 64, 4, 2),)),
+    Row("dq", ("long",), 64, 2, (Tile(128, 64, 8, 2),)),
+    Row("dq", BLOCKS_OF_64, 128, 2, (Tile(64, 32, 4, 2),)),
+    Row("dq", ("long",), 128, 2, (Tile(128, 32, 8, 2),)),
+    Row("dq", EACH, 64, 4, (Tile(64, 32, 4, 2),)),
+    Row("dq", EACH, 128, 4, (Tile(16, 32, 4, 2),)),
+    Row("dkv", EACH, 64, 2, (Tile(64, 32, 4, 2),)),
+    Row("dkv", BLOCKS_OF_64, 128, 2, (Tile(64, 32, 4, 2),)),
+    Row("dkv", ("long",), 128, 2, (Tile(128, 32, 8, 2),)),
+    Row("dkv", EACH, 64, 4, (Tile(64, 16, 4, 2),)),
+    Row("dkv", EACH, 128, 4, (Tile(16, 16, 4, 2),)),
+    Row("whole", ("tiny",), 128, 2, (Tile(64, 64, 4, 1),)),
+)
+"""Chosen from the compiler's reports of registers and instructions (tests/test_kernels_compile.py); no times have been
+taken on a GPU yet. The first row that fits counts."""
+
+_overrides: dict[tuple[str, str], Tile | None] = {}
+
+
+def candidates(kernel: str, head_dim: int, dtype: torch.dtype, size: str) -> tuple[Tile, ...]:
+    """Tiles of a kernel for a length class of ``ROWS``: the shipped one first; none where it is never launched."""
+    for row in TABLE:
+        if row.kernel == kernel and size in row.sizes and head_dim <= row.columns and row.bytes == dtype.itemsize:
+            return row.tiles
+    return ()
+
+
+def tile(kernel: str, head_dim: int, dtype: torch.dtype, size: str) -> Tile | None:
+    """What a kernel runs with on a length class; None where it is not launched."""
+    if (kernel, size) in _overrides:
+        return _overrides[kernel, size]
+    return next(iter(candidates(kernel, head_dim, dtype, size)), None)
+
+
+@contextmanager
+def override(kernel: str, size: str, tile: Tile | None) -> Iterator[None]:
+    """Another tile for a kernel and a length class while the context lasts, whatever head dimension and dtype; None for
+    ``whole`` makes dq and dkv run in its place."""
+    _overrides[kernel, size] = tile
+    try:
+        yield
+    finally:
+        del _overrides[kernel, size]
+
+
+def constants(kernel: str, head_dim: int, dtype: torch.dtype, size: str, upcast: bool = False) -> dict[str, Any]:
+    """Compile-time arguments and launch options of the tile in force."""
+    t = tile(kernel, head_dim, dtype, size)
+    if t is None:
+        raise ValueError(f"the {kernel} kernel has no tile for {size} sequences, {head_dim} columns, {dtype}")
     m, n = (t.other, t.own) if kernel == "dkv" else (t.own, t.other)
-    # Three TF32 products keep float32's accuracy on tensor cores; one alone is what the user may allow for matmuls.
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return {
-        "D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_M": m, "BLOCK_N": n,
-        "SPLIT": block // t.own, "PRECISION": "tf32x3" if exact else "tf32", "UPCAST": upcast,
-        "num_warps": t.warps, "num_stages": t.stages,
+    width, rest = common.split_columns(head_dim)
+    form: dict[str, Any] = {"TAIL": t.tail, "SPLIT": max(1, ROWS[size] // t.own)}
+    if kernel == "whole":
+        if t.own < ROWS[size]:
+            raise ValueError(f"a program of the whole kernel owns all {ROWS[size]} rows of a sequence, got {t}")
+        form = {"ONE": t.other >= ROWS[size]}
+    if t.registers:
+        form["maxnreg"] = t.registers
+    return form | {
+        "D": head_dim, "BLOCK_D": width, "REST": rest, "BLOCK_M": m, "BLOCK_N": n, "PRECISION": common.precision(),
+        "UPCAST": upcast, "num_warps": t.warps, "num_stages": t.stages,
     }  # fmt: skip
 
 
-KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
-
-
-def variants(blocks: Sequence[int]) -> Iterator[tuple[str, int, torch.dtype, int]]:
-    """(kernel, head dimension, dtype, rows per item): all that the launchers can ask for."""
+def variants() -> Iterator[tuple[str, int, torch.dtype, str]]:
+    """(kernel, head dimension, dtype, length class): what the launchers ask for at the head dimensions in use."""
     for kernel in KERNELS:
         for head_dim in HEAD_DIMS:
             for dtype in DTYPES:
-                for block in blocks:
-                    yield kernel, head_dim, dtype, block
+                for size in ROWS:
+                    replaced = size == "tiny" and kernel in ("dq", "dkv") and tile("whole", head_dim, dtype, size)
+                    if tile(kernel, head_dim, dtype, size) and not replaced:
+                        yield kernel, head_dim, dtype, size
 
 
-def supports(q: Tensor) -> bool:
-    """Whether these kernels take this head dimension and dtype."""
-    return q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES
+Work = Sequence[Tensor]
+"""Lists of tiny, short and long sequences, see :func:`avfast.ops._attention_work.work_lists`."""
 
 
-def _launch(kernel: str, tensors: Sequence[Tensor], strided: Sequence[Tensor], lists: WorkLists, boundary: Tensor,
-            like: Tensor, numbers: Sequence[int], scale: float) -> None:  # fmt: skip
-    strides = [s for x in strided for s in x.stride()[:2]]
+def _launch(
+    kernel: str, tensors: Sequence[Tensor], boundaries: Sequence[Tensor], strided: Sequence[Tensor],
+    numbers: Sequence[int], scale: float, work: Work, sizes: Sequence[str], clear: bool,
+) -> None:  # fmt: skip
+    """One launch per length class that has items; where ``clear``, the first also clears the rows past the last one."""
+    like = tensors[0]
     heads, head_dim = like.shape[1:]
-    # The interpreter computes on raw bits of bfloat16.
-    upcast = triton.knobs.runtime.interpret
-    for i, (block, work) in enumerate(lists):
-        settings = constants(kernel, head_dim, like.dtype, block, upcast)
-        items = work.shape[0] * settings["SPLIT"]
-        # One program per head after the first list's items clears the rows beyond the last sequence.
-        programs = (items + (i == 0)) * heads
+    strides = [s for x in strided for s in x.stride()[:2]]
+    lists = {size: items for size, items in zip(ROWS, work, strict=True) if size in sizes}
+    full = [size for size in reversed(lists) if len(lists[size]) > SPARE] or list(lists)[-1:] * clear
+    for number, size in enumerate(full):
+        settings = constants(kernel, head_dim, like.dtype, size, common.interpreted())
+        items = (len(lists[size]) - SPARE) * settings.get("SPLIT", 1)
+        programs = (items + (clear and number == 0)) * heads
         if programs:
-            KERNELS[kernel][(programs,)](*tensors, work, boundary, *strides, heads, items, *numbers, scale, **settings)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _check(q: Tensor) -> None:
-    if not supports(q):
-        raise ValueError(
-            f"the Triton kernels of packed_attention take head dimensions {HEAD_DIMS} in float32, float16 and "
-            f"bfloat16, got {q.shape[-1]} in {q.dtype}; AVFAST_BACKEND=reference takes any"
-        )
+            arguments = (*tensors, lists[size], *boundaries, *strides, heads, items, *numbers, scale)
+            KERNELS[kernel][(programs,)](*arguments, **settings)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, end_q: Tensor, lists: WorkLists, scale: float, out: Tensor, lse: Tensor
+    q: Tensor, k: Tensor, v: Tensor, end_q: Tensor, work: Work, scale: float, out: Tensor, lse: Tensor
 ) -> None:
     """Writes ``out`` ``(Tq, H, D)`` and the natural log-sum-exp ``(H, Tq)``, rows beyond ``end_q`` included."""
-    _check(q)
-    q, k, v = map(_unit_stride, (q, k, v))
+    common.check("packed_attention", q)
+    q, k, v = map(unit_stride, (q, k, v))
     with torch.cuda.device_of(q):
-        _launch("forward", (q, k, v, out, lse), (q, k, v, out), lists, end_q, q, (q.shape[0],), scale)
+        _launch("forward", (q, k, v, out, lse), (end_q,), (q, k, v, out), (len(q),), scale, work, EACH, True)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, end_q: Tensor, end_k: Tensor,
-    lists_q: WorkLists, lists_k: WorkLists, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+    work_q: Work, work_k: Work, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Writes ``dq``, ``dk``, ``dv``, which may be strided views, rows beyond the last sequence included."""
-    _check(q)
-    grad, q, k, v = map(_unit_stride, (grad, q, k, v))
-    delta = torch.empty_like(lse)
-    rows_q, rows_k = q.shape[0], k.shape[0]
+    parts = backward_parts(grad, q, k, v, out, lse, end_q, end_k, work_q, work_k, scale, dq, dk, dv)
     with torch.cuda.device_of(q):
-        _launch(
-            "dq", (grad, q, k, v, out, lse, delta, dq), (grad, q, k, v, out, dq), lists_q, end_q, q, (rows_q,), scale
-        )
-        _launch("dkv", (grad, q, k, v, lse, delta, dk, dv), (grad, q, k, v, dk, dv), lists_k, end_k, q,
-                (rows_k, rows_q), scale)  # fmt: skip
+        for launch in parts.values():
+            launch()
+
+
+def backward_parts(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, end_q: Tensor, end_k: Tensor,
+    work_q: Work, work_k: Work, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> dict[str, Callable[[], None]]:  # fmt: skip
+    """The launches of :func:`backward` per kernel, in their order."""
+    common.check("packed_attention", q)
+    grad, q, k, v = map(unit_stride, (grad, q, k, v))
+    parts: dict[str, Callable[[], None]] = {}
+    whole = tile("whole", q.shape[-1], q.dtype, "tiny") is not None
+    cut = EACH[whole:]
+    alone = whole and not any(len(x) > SPARE for x in (*work_q[1:], *work_k[1:]))
+    if not alone:
+        delta = torch.empty_like(lse)
+        parts["dq"] = partial(
+            _launch, "dq", (grad, q, k, v, out, lse, delta, dq), (end_q,), (grad, q, k, v, out, dq), (len(q),), scale,
+            work_q, cut, True,
+        )  # fmt: skip
+        parts["dkv"] = partial(
+            _launch, "dkv", (grad, q, k, v, lse, delta, dk, dv), (end_k,), (grad, q, k, v, dk, dv), (len(k), len(q)),
+            scale, work_k, cut, True,
+        )  # fmt: skip
+    if whole:
+        parts["whole"] = partial(
+            _launch, "whole", (grad, q, k, v, out, lse, dq, dk, dv), (end_q, end_k), (grad, q, k, v, out, dq, dk, dv),
+            (len(q), len(k)), scale, work_q, ("tiny",), alone,
+        )  # fmt: skip
+    return parts

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from avfast import backend, flops
 from avfast.ops import AttentionPlan, flash_attn_varlen_func, packed_attention, packed_attention_qkv
-from avfast.ops.packed_attention import most_items, work_lists
+from avfast.ops._attention_work import ROWS, SHORT, SPARE
+from avfast.ops.packed_attention import _bounded_work, _exact_work
 from avfast.packing import cumulative
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -114,10 +115,10 @@ def test_opcheck(device):
     bounds = cumulative([3, 0, 8]).to(device)
     x = torch.randn(3, 2, 13, 32, device=device)
     q, k, v = (x[i].transpose(0, 1)[..., :16].requires_grad_() for i in range(3))
-    torch.library.opcheck(torch.ops.avfast.packed_attention.default, (q, k, v, bounds, None, None, 8, 0, 0.25))
-    torch.library.opcheck(torch.ops.avfast.packed_attention.default, (q, k, v, bounds, bounds, None, 0, 0, 0.25))
+    torch.library.opcheck(torch.ops.avfast.packed_attention.default, (q, k, v, bounds, None, [], 8, 0, 0.25))
+    torch.library.opcheck(torch.ops.avfast.packed_attention.default, (q, k, v, bounds, bounds, [], 0, 0, 0.25))
     qkv = torch.randn(13, 2, 3, 16, device=device).transpose(1, 2).requires_grad_()
-    torch.library.opcheck(torch.ops.avfast.packed_attention_qkv.default, (qkv, bounds, None, 8, 0.25))
+    torch.library.opcheck(torch.ops.avfast.packed_attention_qkv.default, (qkv, bounds, [], 8, 0.25))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -180,28 +181,38 @@ def test_flops(device):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.integers(0, 700), st.integers(0, 700)), max_size=8), st.booleans())
-def test_work_lists_hold_every_row_once_and_most_work_first(pairs, cross):
+@given(st.lists(st.tuples(st.integers(0, 700), st.integers(0, 700)), max_size=8), st.booleans(), st.booleans())
+def test_work_lists_hold_every_row_once_and_most_work_first(pairs, cross, exact):
     lengths_q = [n for n, _ in pairs]
     lengths_k = [m for _, m in pairs] if cross else lengths_q
-    bounds_q, bounds_k = cumulative(lengths_q), cumulative(lengths_k)
-    count = most_items(max(sum(lengths_q), sum(lengths_k)), len(pairs))
-    lists = work_lists(bounds_q, bounds_k if cross else None, count)
-    sides = [(bounds_q, bounds_k), (bounds_k, bounds_q)] if cross else [(bounds_q, bounds_k)]
-    assert lists.shape == (2 * len(sides), count, 4)
+    bounds_q, bounds_k = cumulative(lengths_q), cumulative(lengths_k) if cross else None
+    if exact:
+        lists = _exact_work(bounds_q, bounds_k)
+    else:
+        longest = [max(lengths, default=0) for lengths in (lengths_q, lengths_k)]
+        lists = _bounded_work(sum(lengths_q), sum(lengths_k), bounds_q, bounds_k, *longest)
+    sides = [(lengths_q, lengths_k), (lengths_k, lengths_q)] if cross else [(lengths_q, lengths_k)]
+    assert len(lists) == 3 * len(sides)
     for side, (own, other) in enumerate(sides):
-        rows = []
-        for size, items in zip((64, 128), lists[2 * side : 2 * side + 2].tolist(), strict=True):
-            used = [item for item in items if item[1] > item[0]]
-            assert items[len(used) :] == [[0] * 4] * (count - len(used))
+        own_bounds, other_bounds = cumulative(own).tolist(), cumulative(other).tolist()
+        rows, found = [], []
+        for (size, block), items in zip(ROWS.items(), lists[3 * side : 3 * side + 3], strict=True):
+            used = [item for item in items.tolist() if any(item)]
+            assert items[len(used) :].tolist() == [[0] * 4] * (len(items) - len(used))
+            assert len(items) >= len(used) + SPARE if not exact else len(items) == len(used) + SPARE
             work = [end - begin for _, _, begin, end in used]
             assert work == sorted(work, reverse=True)
             for begin, end, other_begin, other_end in used:
-                sequence = own.tolist()[1:].index(end)
-                assert (other_begin, other_end) == tuple(other[sequence : sequence + 2].tolist())
-                assert ((own[sequence + 1] - own[sequence]) > 256) == (size == 128)
-                rows += range(begin, min(begin + size, end))
-        assert sorted(rows) == list(range(int(own[-1])))
+                if end > begin:
+                    s = own_bounds.index(end) - 1
+                    assert (end, other_begin, other_end) == (own_bounds[s + 1], *other_bounds[s : s + 2])
+                    fits = own[s] <= ROWS["tiny"] and other[s] <= ROWS["tiny"]
+                    assert size == ("tiny" if fits else "short" if own[s] <= SHORT else "long")
+                rows += range(begin, min(begin + block, end))
+                found.append(size)
+        assert sorted(rows) == list(range(sum(own)))
+        # A tiny sequence has its item even without rows of its own, as one program may write both sides' gradients.
+        assert found.count("tiny") == sum(0 < n + m and max(n, m) <= ROWS["tiny"] for n, m in zip(own, other, strict=True))
 
 
 # Kernels: on a GPU, and interpreted in a process of their own.

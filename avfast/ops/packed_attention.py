@@ -13,8 +13,10 @@ transforms do not go through custom operators, and there is no second derivative
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,10 +25,7 @@ from torch import Tensor
 from avfast import backend
 from avfast.ops import _attention_libraries as libraries
 from avfast.ops import _attention_reference as reference
-
-SHORT = 256
-BLOCKS = (64, 128)
-"""Length classes of the kernels: sequences of up to ``SHORT`` rows go in blocks of 64 rows, longer ones in 128."""
+from avfast.ops._attention_work import blocks_per_sequence, most_items, work_lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +62,8 @@ class AttentionPlan:
     Args:
         cu_seqlens_q: ``(S + 1,)`` int32 boundaries of the queries' sequences.
         cu_seqlens_k: the same for keys and values; None in self-attention.
-        work: int32 lists of what the kernels' programs do, see :func:`work_lists`; None where none run.
+        work: int32 lists of what the kernels' programs do, see :func:`avfast.ops._attention_work.work_lists`; empty
+            where none run.
         max_seqlen_q: no sequence has more queries; 0 when unknown.
         max_seqlen_k: likewise for keys.
         host: the lengths themselves; None when only the device knows.
@@ -71,7 +71,7 @@ class AttentionPlan:
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor | None = None
-    work: Tensor | None = None
+    work: list[Tensor] = field(default_factory=list)
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     host: HostLengths | None = None
@@ -92,7 +92,7 @@ class AttentionPlan:
         """
         cu_seqlens_k = None if lengths_k is None else _boundaries(lengths_k)
         plan = cls(
-            _boundaries(lengths_q), cu_seqlens_k, None, max(lengths_q, default=0), max(lengths_k or (), default=0)
+            _boundaries(lengths_q), cu_seqlens_k, [], max(lengths_q, default=0), max(lengths_k or (), default=0)
         )  # fmt: skip
         plan.check()
         plan = replace(plan, host=HostLengths.of(lengths_q, lengths_q if lengths_k is None else lengths_k))
@@ -119,12 +119,15 @@ class AttentionPlan:
             max_seqlen_q: no sequence has more queries; saves a launch when at most 256.
             max_seqlen_k: likewise for keys, where there is ``cu_seqlens_k``.
         """
-        plan = cls(cu_seqlens_q, cu_seqlens_k, None, max_seqlen_q or 0, max_seqlen_k or 0)
+        plan = cls(cu_seqlens_q, cu_seqlens_k, [], max_seqlen_q or 0, max_seqlen_k or 0)
         plan.check()
         if tokens_q is None or not cu_seqlens_q.is_cuda:
             return plan
-        tokens = tokens_q if cu_seqlens_k is None or tokens_k is None else max(tokens_q, tokens_k)
-        return replace(plan, work=work_lists(cu_seqlens_q, cu_seqlens_k, most_items(tokens, len(plan))))
+        work = _bounded_work(
+            tokens_q, tokens_q if tokens_k is None else tokens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0,
+            max_seqlen_k or 0,
+        )  # fmt: skip
+        return replace(plan, work=work)
 
     def check(self) -> None:
         """Raises ValueError when dtypes or shapes are not those of boundaries."""
@@ -146,15 +149,13 @@ class AttentionPlan:
         if device.type == "meta" or device.type == self.cu_seqlens_q.device.type == "cpu":
             return self
         q, k, work = self.cu_seqlens_q, self.cu_seqlens_k, self.work
-        if work is None and device.type == "cuda" and q.device.type == "cpu":
-            sides = [q.diff()] if k is None else [q.diff(), k.diff()]
-            counts = [int(blocks.sum()) for lengths in sides for blocks in _blocks_per_sequence(lengths)]
-            work = work_lists(q, k, max(1, *counts))
+        if not work and device.type == "cuda" and q.device.type == "cpu":
+            work = _exact_work(q, k)
         return replace(
             self,
             cu_seqlens_q=q.to(device, non_blocking=True),
             cu_seqlens_k=None if k is None else k.to(device, non_blocking=True),
-            work=None if work is None else work.to(device, non_blocking=True),
+            work=list(torch.cat(work).to(device, non_blocking=True).split([len(x) for x in work])) if work else [],
         )
 
 
@@ -162,96 +163,72 @@ def _boundaries(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
 
 
-def most_items(tokens: int, sequences: int) -> int:
-    """An upper bound of the items of any work list."""
-    return tokens // BLOCKS[0] + sequences + 1
+def _exact_work(cu_q: Tensor, cu_k: Tensor | None) -> list[Tensor]:
+    """Work lists without an unused item, from boundaries on the host."""
+    q, k = cu_q.diff(), (cu_q if cu_k is None else cu_k).diff()
+    sides = [(q, k)] if cu_k is None else [(q, k), (k, q)]
+    return work_lists(cu_q, cu_k, [blocks_per_sequence(own, other).sum(1).tolist() for own, other in sides])
 
 
-def _blocks_per_sequence(lengths: Tensor) -> list[Tensor]:
-    """Per length class, how many blocks each sequence makes."""
-    blocks = [torch.div(lengths + size - 1, size, rounding_mode="floor") for size in BLOCKS]
-    return [blocks[0] * (lengths <= SHORT), blocks[1] * (lengths > SHORT)]
+def _bounded_work(
+    tokens_q: int, tokens_k: int, cu_q: Tensor, cu_k: Tensor | None, max_q: int, max_k: int
+) -> list[Tensor]:
+    """Work lists from boundaries that nobody reads, as long as they may have to be."""
+    sequences = len(cu_q) - 1
+    if cu_k is None:
+        return work_lists(cu_q, None, [most_items(tokens_q, sequences, max_q, max_q)])
+    counts = [most_items(tokens_q, sequences, max_q, max_k), most_items(tokens_k, sequences, max_k, max_q)]
+    return work_lists(cu_q, cu_k, counts)
 
 
-def work_lists(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, items: int) -> Tensor:
-    """What the kernels' programs do: ``(4, items, 4)`` int32, on the boundaries' device, without reading them.
+def _on_kernels(q: Tensor) -> bool:
+    """Whether the kernels run; under ``auto`` the eager body takes what they do not."""
+    if backend.which(q.device) == "reference":
+        return False
+    from avfast.kernels import common as kernels
 
-    Lists 0 and 1 hold blocks of queries of short and long sequences, lists 2 and 3 blocks of keys; in self-attention
-    these are the same and left out. An item is (first row of the block, end of its sequence, first row of the other
-    side, its end); those with most work come first, and unused ones are zeros.
-
-    Args:
-        cu_seqlens_q: ``(S + 1,)`` boundaries.
-        cu_seqlens_k: ``(S + 1,)`` boundaries, None in self-attention.
-        items: at least the longest list, see :func:`most_items`.
-    """
-    slots = torch.arange(items, device=cu_seqlens_q.device)
-    lists = []
-    q, k = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    for own, other in ((q, k),) if cu_seqlens_k is None else ((q, k), (k, q)):
-        order = other.diff().argsort(descending=True, stable=True)
-        own_begin, own_end, other_begin, other_end = (
-            own[:-1][order],
-            own[1:][order],
-            other[:-1][order],
-            other[1:][order],
-        )
-        for size, blocks in zip(BLOCKS, _blocks_per_sequence(own_end - own_begin), strict=True):
-            if not blocks.shape[0]:
-                lists.append(slots.new_zeros(items, 4))
-                continue
-            ends = blocks.cumsum(0)
-            place = torch.searchsorted(ends, slots, right=True).clamp(max=blocks.shape[0] - 1)
-            first = own_begin[place] + (slots - ends[place] + blocks[place]) * size
-            item = torch.stack([first, own_end[place], other_begin[place], other_end[place]], 1)
-            lists.append(item * (slots < ends[-1])[:, None])
-    return torch.stack(lists).to(torch.int32)
+    if backend.get_backend() == "triton" or kernels.supports(q):
+        return True
+    if q.dtype != torch.float64:
+        _say_once(q.shape[-1], kernels.MOST_COLUMNS)
+    return False
 
 
-def _lists(work: Tensor, keys: bool, max_seqlen: int) -> list[tuple[int, Tensor]]:
-    """(rows per item, items) of the length classes that may hold something."""
-    first = 2 if keys and work.shape[0] == 4 else 0
-    lists = [(BLOCKS[0], work[first])]
-    return lists if 0 < max_seqlen <= SHORT else [*lists, (BLOCKS[1], work[first + 1])]
-
-
-def _work(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: Tensor | None) -> Tensor:
-    if work is not None:
-        return work
-    return work_lists(cu_q, cu_k, most_items(max(q.shape[0], k.shape[0]), cu_q.shape[0] - 1))
+@cache
+def _say_once(head_dim: int, most: int) -> None:
+    warnings.warn(
+        f"attention with head dimension {head_dim} runs without kernels, which take up to {most}: slower", stacklevel=2
+    )
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: Tensor | None, max_q: int, max_k: int,
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: list[Tensor], max_q: int, max_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        if backend.which(q.device) == "reference":
+        if not _on_kernels(q):
             return reference.forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, scale)
         from avfast.kernels import packed_attention as kernels
 
         out, lse = _like_outputs(q)
-        lists = _lists(_work(q, k, cu_q, cu_k, work), False, max_q)
-        kernels.forward(q, k, v, cu_q[-1:], lists, scale, out, lse)
+        work = work or _bounded_work(len(q), len(k), cu_q, cu_k, max_q, max_k)
+        kernels.forward(q, k, v, cu_q[-1:], work[:3], scale, out, lse)
         return out, lse
 
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
-    work: Tensor | None, max_q: int, max_k: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+    work: list[Tensor], max_q: int, max_k: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        if backend.which(q.device) == "reference":
+        if not _on_kernels(q):
             reference.backward(grad, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, scale, dq, dk, dv)
             return
         from avfast.kernels import packed_attention as kernels
 
-        work = _work(q, k, cu_q, cu_k, work)
-        max_k, cu_k = (max_q, cu_q) if cu_k is None else (max_k, cu_k)
-        kernels.backward(
-            grad, q, k, v, out, lse, cu_q[-1:], cu_k[-1:], _lists(work, False, max_q), _lists(work, True, max_k), scale,
-            dq, dk, dv,
-        )  # fmt: skip
+        work = work or _bounded_work(len(q), len(k), cu_q, cu_k, max_q, max_k)
+        end_k = (cu_q if cu_k is None else cu_k)[-1:]
+        kernels.backward(grad, q, k, v, out, lse, cu_q[-1:], end_k, work[:3], work[-3:], scale, dq, dk, dv)
 
 
 def _like_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,7 +242,7 @@ def _empty(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("avfast::packed_attention", mutates_args=())
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, work: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, work: list[Tensor],
     max_seqlen_q: int, max_seqlen_k: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, work, max_seqlen_q, max_seqlen_k, scale)
@@ -274,7 +251,7 @@ def _op(
 @torch.library.custom_op("avfast::packed_attention_backward", mutates_args=())
 def _op_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None, work: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float,
+    cu_seqlens_k: Tensor | None, work: list[Tensor], max_seqlen_q: int, max_seqlen_k: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     _backward(
@@ -285,7 +262,7 @@ def _op_backward(
 
 @torch.library.custom_op("avfast::packed_attention_qkv", mutates_args=())
 def _op_qkv(
-    qkv: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int, scale: float
+    qkv: Tensor, cu_seqlens: Tensor, work: list[Tensor], max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(1)
     return _forward(q, k, v, cu_seqlens, None, work, max_seqlen, 0, scale)
@@ -293,7 +270,7 @@ def _op_qkv(
 
 @torch.library.custom_op("avfast::packed_attention_qkv_backward", mutates_args=())
 def _op_qkv_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, work: Tensor | None, max_seqlen: int,
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, work: list[Tensor], max_seqlen: int,
     scale: float,
 ) -> Tensor:  # fmt: skip
     gradient = _empty(qkv)
@@ -324,16 +301,16 @@ def _(grad: Tensor, qkv: Tensor, *args: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tensors = inputs[:3] if isinstance(inputs[3], int | torch.SymInt) else inputs[:6]
-    ctx.numbers = inputs[len(tensors) :]
-    ctx.save_for_backward(*tensors, *output)
+    ctx.first = next(i for i, x in enumerate(inputs) if isinstance(x, list | tuple))
+    ctx.numbers = inputs[ctx.first + 1 :]
+    ctx.save_for_backward(*inputs[: ctx.first], *output, *inputs[ctx.first])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
-    *inputs, work, out, lse = ctx.saved_tensors
-    nothing = (None,) * (len(inputs) + 1 + len(ctx.numbers))
+    inputs, (out, lse, *work) = ctx.saved_tensors[: ctx.first], ctx.saved_tensors[ctx.first :]
+    nothing = (*(None for _ in inputs), [None] * len(work), *(None for _ in ctx.numbers))
     if grad is None:
         return nothing
     if len(inputs) == 2:

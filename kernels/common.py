@@ -1,0 +1,91 @@
+"""What the kernels share: dtypes, the split of a head's columns, and launch conventions."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = (16, 32, 64, 80, 128)
+"""Head dimensions of models in use: what the ahead-of-time checks compile. Any from 1 to ``MOST_COLUMNS`` runs."""
+MOST_COLUMNS = 128
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether the attention kernels take these head dimensions (the last ones) and dtypes."""
+    return all(1 <= x.shape[-1] <= MOST_COLUMNS and x.dtype in DTYPES for x in tensors)
+
+
+def check(op: str, *tensors: Tensor) -> None:
+    """Raises ValueError where :func:`supports` says no."""
+    if not supports(*tensors):
+        dims = ", ".join(str(x.shape[-1]) for x in tensors)
+        raise ValueError(
+            f"the Triton kernels of {op} take head dimensions up to {MOST_COLUMNS} in float32, float16 and bfloat16, "
+            f"got {dims} in {tensors[0].dtype}; AVFAST_BACKEND=auto and reference take any"
+        )
+
+
+def block_of(columns: int) -> int:
+    """The power of two, at least 16 as tensor cores want it, that holds so many columns."""
+    return max(16, triton.next_power_of_2(columns))
+
+
+def split_columns(columns: int) -> tuple[int, int]:
+    """Widths of the first block of columns and of the second, 0 where one block serves.
+
+    80 columns are 64 + 16, not 128; 112 are 128, as 64 + 64 would save nothing.
+    """
+    whole = block_of(columns)
+    if whole == 16 or columns == whole:
+        return whole, 0
+    rest = block_of(columns - whole // 2)
+    return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
+
+
+def precision() -> str:
+    """Three TF32 products keep float32's accuracy on tensor cores; one alone is what the user may allow for matmuls."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in the interpreter, which computes on raw bits of bfloat16 unless they are cast first."""
+    return triton.knobs.runtime.interpret
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` with neighbouring values in its rows; other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def load_tile(pointer, begin, live, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+              FULL: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """``(BLOCK, BLOCK_D)`` values from row ``begin``; zeros where a row is not ``live``, which FULL takes all to be, and
+    from column ``D`` on."""
+    i = tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    place = pointer + tl.cast(begin, tl.int64) * stride + i * stride + d
+    if FULL:
+        if D < BLOCK_D:
+            x = tl.load(place, mask=(d < D) & (i >= 0), other=0.0)
+        else:
+            x = tl.load(place)
+    else:
+        mask = live[:, None] & (d < D) if D < BLOCK_D else live[:, None] & (d >= 0)
+        x = tl.load(place, mask=mask, other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def store_tile(pointer, x, begin, live, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes the ``live`` rows of a ``(BLOCK, BLOCK_D)`` tile to the rows from ``begin``, up to column ``D``."""
+    i = tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    place = pointer + tl.cast(begin, tl.int64) * stride + i * stride + d
+    mask = live[:, None] & (d < D) if D < BLOCK_D else live[:, None] & (d >= 0)
+    tl.store(place, x.to(pointer.dtype.element_ty), mask=mask)
