@@ -11,14 +11,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from avfast.kernels.common import launch, unit_stride
 from torch import Tensor
 
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements per program or, in the backward, per step of its loop
 PARTIALS = 512  # chunks per affine set in the backward: four per multiprocessor of an H100 or H200
 
 
-@triton.jit
-def forward_kernel(
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr"])
+def norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, total_ptr, mean_ptr, rstd_ptr,
     num_rows, x_stride, residual_stride, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -44,8 +45,8 @@ def forward_kernel(
     tl.store(rstd_ptr + row, rstd, live)
 
 
-@triton.jit
-def backward_kernel(
+@triton.jit(do_not_specialize=["num_rows", "rows_per_program"], do_not_specialize_on_alignment=["mean_ptr", "rstd_ptr"])
+def norm_backward_kernel(
     grad_normed_ptr, grad_total_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr,
     grad_x_ptr, grad_residual_ptr, partial_weight_ptr, partial_bias_ptr,
     num_rows, rows_per_program, grad_normed_stride, grad_total_stride,
@@ -105,7 +106,8 @@ def forward(
     for group, size in enumerate(sizes):
         if size:
             part = slice(first, first + size)
-            forward_kernel[(triton.cdiv(size, shape["ROWS"]),)](
+            launch(
+                norm_forward_kernel, triton.cdiv(size, shape["ROWS"]),
                 x[part], residual[part], weight[group], bias[group], normed[part], total[part], mean[part], rstd[part],
                 size, x.stride(0), residual.stride(0), eps, **shape,
             )  # fmt: skip
@@ -139,7 +141,8 @@ def backward(
             per_program = triton.cdiv(triton.cdiv(size, PARTIALS), shape["ROWS"]) * shape["ROWS"]
             programs = triton.cdiv(size, per_program)
             partial = total.new_empty((2, programs, dim), dtype=torch.float32)
-            backward_kernel[(programs,)](
+            launch(
+                norm_backward_kernel, programs,
                 grad_normed[part], grad_total[part], total[part], weight[group], mean[part], rstd[part],
                 grad_x[part], grad_residual[part] if write else grad_residual, partial[0], partial[1],
                 size, per_program, grad_normed.stride(0), grad_total.stride(0), WRITE_RESIDUAL=write, **shape,
@@ -147,8 +150,3 @@ def backward(
             grad_weight[group], grad_bias[group] = partial.sum(1)
         first += size
     return grad_x, grad_residual, grad_weight, grad_bias
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """``x`` with neighbouring values in its rows; row strides are free."""
-    return x if x.stride(1) == 1 else x.contiguous()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,16 +35,15 @@ def block_of(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns))
 
 
-def split_columns(columns: int) -> tuple[int, int]:
+def split_columns(columns: int, dtype: torch.dtype) -> tuple[int, int]:
     """Widths of the first block of columns and of the second, 0 where one block serves.
 
-    80 columns are 64 + 16, not 128; 112 are 128, as 64 + 64 would save nothing.
+    80 columns are 64 + 16, not 128; 112 are 128, as 64 + 64 would save nothing. In float32 two blocks do not fit in the
+    registers.
     """
     whole = block_of(columns)
-    if whole == 16 or columns == whole:
-        return whole, 0
-    rest = block_of(columns - whole // 2)
-    return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
+    rest = block_of(columns - whole // 2) if columns > whole // 2 else whole
+    return (whole, 0) if dtype == torch.float32 or rest >= whole // 2 else (whole // 2, rest)
 
 
 def precision() -> str:
@@ -60,11 +61,20 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
+    """Runs so many programs of a kernel on the device of its first argument, whichever is the current one."""
+    if programs:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **settings)
+
+
 @triton.jit
 def load_tile(pointer, begin, live, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
               FULL: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """``(BLOCK, BLOCK_D)`` values from row ``begin``; zeros where a row is not ``live``, which FULL takes all to be, and
-    from column ``D`` on."""
+    """``(BLOCK, BLOCK_D)`` values from row ``begin``; zeros from column ``D`` on and in rows that are not ``live``.
+
+    FULL takes all rows to be live.
+    """
     i = tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     place = pointer + tl.cast(begin, tl.int64) * stride + i * stride + d

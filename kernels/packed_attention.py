@@ -15,21 +15,22 @@ Softmax runs in base 2 with the scale folded into one multiply-add: p = 2^(c s -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from avfast.kernels import common
 from avfast.kernels.common import DTYPES, HEAD_DIMS, supports, unit_stride
 from avfast.kernels.packed_attention_backward import packed_dkv_kernel, packed_dq_kernel, packed_whole_kernel
-from avfast.kernels.packed_tiles import clear_rows, item, load, multiply_add, products, store, zeros
+from avfast.kernels.packed_tiles import clear_rows, item, last_full, load, multiply_add, products, store, zeros
+from torch import Tensor
+
 from avfast.ops._attention_work import ROWS, SPARE
 
 __all__ = ["KERNELS", "TABLE", "Tile", "backward", "candidates", "constants", "forward", "override", "supports", "tile"]
@@ -58,12 +59,12 @@ def _attend(
     return new_top, total, acc, acc_rest
 
 
-@triton.jit(do_not_specialize=["items", "rows"], do_not_specialize_on_alignment=["boundary"])
+@triton.jit(do_not_specialize=["items", "rows", "split"], do_not_specialize_on_alignment=["boundary"])
 def packed_forward_kernel(
     q, k, v, out, lse, work, boundary, q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
-    heads, items, rows, scale,
+    heads, items, rows, split, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head."""
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -77,7 +78,7 @@ def packed_forward_kernel(
             i = start + tl.arange(0, BLOCK_M)
             tl.store(lse + i, float("-inf"), mask=i < rows)
         return
-    begin, end, begin_k, end_k = item(work, index, SPLIT, BLOCK_M)
+    begin, end, begin_k, end_k = item(work, index, split, BLOCK_M)
     if begin >= end:
         return
     k += head * k_head
@@ -87,20 +88,22 @@ def packed_forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc, acc_rest = zeros(BLOCK_M, BLOCK_D, REST)
-    full = begin_k + (end_k - begin_k) // BLOCK_N * BLOCK_N
+    full = last_full(begin_k, end_k, BLOCK_N, TAIL)
     for start in range(begin_k, full, BLOCK_N):
         top, total, acc, acc_rest = _attend(
             qs, q_rest, k, v, start, end_k, k_row, v_row, c, top, total, acc, acc_rest,
-            D, BLOCK_D, REST, BLOCK_N, True, PRECISION, UPCAST,
+            D, BLOCK_D, REST, BLOCK_N, TAIL > 0, PRECISION, UPCAST,
         )  # fmt: skip
-    left = end_k - full
-    if left > TAIL:
-        top, total, acc, acc_rest = _attend(
-            qs, q_rest, k, v, full, end_k, k_row, v_row, c, top, total, acc, acc_rest,
-            D, BLOCK_D, REST, BLOCK_N, False, PRECISION, UPCAST,
-        )  # fmt: skip
-    elif left > 0:
-        if TAIL:
+    if TAIL:
+        left = end_k - full
+        if TAIL < BLOCK_N:
+            if left > TAIL:
+                top, total, acc, acc_rest = _attend(
+                    qs, q_rest, k, v, full, end_k, k_row, v_row, c, top, total, acc, acc_rest,
+                    D, BLOCK_D, REST, BLOCK_N, False, PRECISION, UPCAST,
+                )  # fmt: skip
+                left -= left
+        if left > 0:
             top, total, acc, acc_rest = _attend(
                 qs, q_rest, k, v, full, end_k, k_row, v_row, c, top, total, acc, acc_rest,
                 D, BLOCK_D, REST, TAIL, False, PRECISION, UPCAST,
@@ -129,7 +132,8 @@ class Tile:
         other: rows of the other side per iteration.
         warps: per program.
         stages: of the loop's pipeline.
-        tail: rows of the tile for what full tiles leave over, where no more is left; 0 for one of ``other`` rows.
+        tail: rows of the tile that takes what full tiles leave over, or one of ``other`` rows where more is left; 0:
+            no tile is taken to be full and every load is masked, which needs fewer registers.
         registers: most per thread, which lets more programs run at once; 0 leaves it to the compiler.
     """
 
@@ -155,32 +159,51 @@ class Row:
 
 EACH = tuple(ROWS)
 BLOCKS_OF_64 = ("tiny", "short")
+HALF, FLOAT32 = 2, 4
+# fmt: off
 TABLE = (
-    Row("forward", BLOCKS_OF_64, 64, 2, (Tile(64, 64, 4, 2, 16),)),
-    Row("forward", ("long",), 64, 2, (Tile(128, 64, 8, 3, 16),)),
-    Row("forward", BLOCKS_OF_64, 128, 2, (Tile(64, 32, 4, 2),)),
-    Row("forward", ("long",), 128, 2, (Tile(128, 64, 8, 2),)),
-    Row("forward", EACH, 64, 4, (Tile(64, 32, 4, 2),)),
-    Row("forward", EACH, 128, 4, (Tile(16, 32, 4, 2),)),
-    Row("dq", BLOCKS_OF_64, 64, 2, (Tile(64, 64, 4, 2),)),
-    Row("dq", ("long",), 64, 2, (Tile(128, 64, 8, 2),)),
-    Row("dq", BLOCKS_OF_64, 128, 2, (Tile(64, 32, 4, 2),)),
-    Row("dq", ("long",), 128, 2, (Tile(128, 32, 8, 2),)),
-    Row("dq", EACH, 64, 4, (Tile(64, 32, 4, 2),)),
-    Row("dq", EACH, 128, 4, (Tile(16, 32, 4, 2),)),
-    Row("dkv", EACH, 64, 2, (Tile(64, 32, 4, 2),)),
-    Row("dkv", BLOCKS_OF_64, 128, 2, (Tile(64, 32, 4, 2),)),
-    Row("dkv", ("long",), 128, 2, (Tile(128, 32, 8, 2),)),
-    Row("dkv", EACH, 64, 4, (Tile(64, 16, 4, 2),)),
-    Row("dkv", EACH, 128, 4, (Tile(16, 16, 4, 2),)),
-    Row("whole", ("tiny",), 128, 2, (Tile(64, 64, 4, 1),)),
-)
+    Row("forward", BLOCKS_OF_64, 64, HALF, (
+        Tile(64, 64, 4, 2, 16, 128), Tile(64, 64, 4, 2, 32, 128), Tile(64, 64, 4, 3, 16, 128), Tile(64, 32, 4, 2, 16))),
+    Row("forward", ("long",), 64, HALF, (
+        Tile(128, 64, 8, 3, 16), Tile(64, 64, 4, 2, 16, 128), Tile(128, 64, 8, 3, 32), Tile(128, 128, 8, 2, 32))),
+    Row("forward", EACH, 96, HALF, (Tile(64, 64, 4, 2, 16), Tile(64, 32, 4, 2, 16, 128), Tile(128, 64, 8, 2, 16))),
+    Row("forward", BLOCKS_OF_64, 128, HALF, (Tile(64, 32, 4, 2, 16),)),
+    Row("forward", ("long",), 128, HALF, (Tile(128, 64, 8, 2, 16), Tile(64, 64, 4, 2, 16))),
+    Row("forward", EACH, 64, FLOAT32, (Tile(64, 32, 4, 2),)),
+    Row("forward", EACH, 128, FLOAT32, (Tile(16, 32, 4, 2),)),
+
+    Row("dq", BLOCKS_OF_64, 64, HALF, (
+        Tile(64, 64, 4, 2, 16, 128), Tile(64, 64, 4, 2, 32, 128), Tile(64, 64, 4, 3, 16, 128), Tile(64, 32, 4, 2, 16))),
+    Row("dq", ("long",), 64, HALF, (
+        Tile(128, 64, 8, 2, 16, 128), Tile(64, 64, 4, 2, 16, 128), Tile(128, 64, 8, 2, 32, 128),
+        Tile(128, 32, 8, 2, 16))),
+    Row("dq", BLOCKS_OF_64, 80, HALF, (Tile(64, 32, 4, 2, 16, 128), Tile(64, 64, 4, 2, 16))),
+    Row("dq", ("long",), 80, HALF, (Tile(128, 32, 8, 2, 16, 128), Tile(64, 32, 4, 2, 16, 128))),
+    Row("dq", BLOCKS_OF_64, 128, HALF, (Tile(64, 32, 4, 2, 16),)),
+    Row("dq", ("long",), 128, HALF, (Tile(128, 32, 8, 2, 16),)),
+    Row("dq", EACH, 64, FLOAT32, (Tile(64, 32, 4, 2),)),
+    Row("dq", EACH, 128, FLOAT32, (Tile(16, 32, 4, 2),)),
+
+    Row("dkv", EACH, 64, HALF, (
+        Tile(64, 32, 4, 2, 16), Tile(64, 32, 4, 3, 16), Tile(64, 64, 4, 2, 16), Tile(64, 32, 4, 2))),
+    Row("dkv", EACH, 96, HALF, (Tile(64, 32, 4, 2, 16), Tile(64, 16, 4, 2, 16))),
+    Row("dkv", BLOCKS_OF_64, 128, HALF, (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2, 16))),
+    Row("dkv", ("long",), 128, HALF, (Tile(128, 32, 8, 2, 16), Tile(64, 32, 4, 2))),
+    Row("dkv", EACH, 64, FLOAT32, (Tile(64, 16, 4, 2),)),
+    Row("dkv", EACH, 128, FLOAT32, (Tile(16, 16, 4, 2),)),
+
+    # The last two are for ROWS["tiny"] = 128.
+    Row("whole", ("tiny",), 64, HALF, (
+        Tile(64, 64, 4, 1), Tile(64, 64, 8, 1), Tile(128, 128, 8, 1), Tile(128, 32, 8, 1))),
+    Row("whole", ("tiny",), 128, HALF, (Tile(64, 64, 4, 1),)),
+)  # fmt: on
 """Chosen from the compiler's reports of registers and instructions (tests/test_kernels_compile.py); no times have been
 taken on a GPU yet. The first row that fits counts."""
 
 _overrides: dict[tuple[str, str], Tile | None] = {}
 
 
+@cache
 def candidates(kernel: str, head_dim: int, dtype: torch.dtype, size: str) -> tuple[Tile, ...]:
     """Tiles of a kernel for a length class of ``ROWS``: the shipped one first; none where it is never launched."""
     for row in TABLE:
@@ -212,30 +235,29 @@ def constants(kernel: str, head_dim: int, dtype: torch.dtype, size: str, upcast:
     t = tile(kernel, head_dim, dtype, size)
     if t is None:
         raise ValueError(f"the {kernel} kernel has no tile for {size} sequences, {head_dim} columns, {dtype}")
+    if t.own < ROWS[size] if kernel == "whole" else ROWS[size] % t.own:
+        raise ValueError(f"the {kernel} kernel cannot have {t} for items of {ROWS[size]} rows ({size} sequences)")
     m, n = (t.other, t.own) if kernel == "dkv" else (t.own, t.other)
-    width, rest = common.split_columns(head_dim)
-    form: dict[str, Any] = {"TAIL": t.tail, "SPLIT": max(1, ROWS[size] // t.own)}
-    if kernel == "whole":
-        if t.own < ROWS[size]:
-            raise ValueError(f"a program of the whole kernel owns all {ROWS[size]} rows of a sequence, got {t}")
-        form = {"ONE": t.other >= ROWS[size]}
-    if t.registers:
-        form["maxnreg"] = t.registers
+    width, rest = common.split_columns(head_dim, dtype)
+    form: dict[str, Any] = {"ONE": t.other >= ROWS[size]} if kernel == "whole" else {"TAIL": t.tail}
     return form | {
         "D": head_dim, "BLOCK_D": width, "REST": rest, "BLOCK_M": m, "BLOCK_N": n, "PRECISION": common.precision(),
-        "UPCAST": upcast, "num_warps": t.warps, "num_stages": t.stages,
+        "UPCAST": upcast, "num_warps": t.warps, "num_stages": t.stages, "maxnreg": t.registers or None,
     }  # fmt: skip
 
 
 def variants() -> Iterator[tuple[str, int, torch.dtype, str]]:
-    """(kernel, head dimension, dtype, length class): what the launchers ask for at the head dimensions in use."""
+    """(kernel, head dimension, dtype, length class): what is compiled for the head dimensions in use, once each."""
     for kernel in KERNELS:
         for head_dim in HEAD_DIMS:
             for dtype in DTYPES:
-                for size in ROWS:
-                    replaced = size == "tiny" and kernel in ("dq", "dkv") and tile("whole", head_dim, dtype, size)
-                    if tile(kernel, head_dim, dtype, size) and not replaced:
+                tiles = set()
+                for size in reversed(ROWS):
+                    replaced = kernel in ("dq", "dkv") and size == "tiny" and tile("whole", head_dim, dtype, size)
+                    chosen = tile(kernel, head_dim, dtype, size)
+                    if chosen and not replaced and chosen not in tiles:
                         yield kernel, head_dim, dtype, size
+                    tiles.add(chosen)
 
 
 Work = Sequence[Tensor]
@@ -254,11 +276,10 @@ def _launch(
     full = [size for size in reversed(lists) if len(lists[size]) > SPARE] or list(lists)[-1:] * clear
     for number, size in enumerate(full):
         settings = constants(kernel, head_dim, like.dtype, size, common.interpreted())
-        items = (len(lists[size]) - SPARE) * settings.get("SPLIT", 1)
-        programs = (items + (clear and number == 0)) * heads
-        if programs:
-            arguments = (*tensors, lists[size], *boundaries, *strides, heads, items, *numbers, scale)
-            KERNELS[kernel][(programs,)](*arguments, **settings)
+        split = () if kernel == "whole" else (ROWS[size] // settings["BLOCK_N" if kernel == "dkv" else "BLOCK_M"],)
+        items = (len(lists[size]) - SPARE) * math.prod(split)
+        arguments = (*tensors, lists[size], *boundaries, *strides, heads, items, *numbers, *split, scale)
+        common.launch(KERNELS[kernel], (items + (clear and number == 0)) * heads, *arguments, **settings)
 
 
 def forward(
@@ -267,8 +288,7 @@ def forward(
     """Writes ``out`` ``(Tq, H, D)`` and the natural log-sum-exp ``(H, Tq)``, rows beyond ``end_q`` included."""
     common.check("packed_attention", q)
     q, k, v = map(unit_stride, (q, k, v))
-    with torch.cuda.device_of(q):
-        _launch("forward", (q, k, v, out, lse), (end_q,), (q, k, v, out), (len(q),), scale, work, EACH, True)
+    _launch("forward", (q, k, v, out, lse), (end_q,), (q, k, v, out), (len(q),), scale, work, EACH, True)
 
 
 def backward(
@@ -276,10 +296,10 @@ def backward(
     work_q: Work, work_k: Work, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Writes ``dq``, ``dk``, ``dv``, which may be strided views, rows beyond the last sequence included."""
-    parts = backward_parts(grad, q, k, v, out, lse, end_q, end_k, work_q, work_k, scale, dq, dk, dv)
-    with torch.cuda.device_of(q):
-        for launch in parts.values():
-            launch()
+    for launch in backward_parts(
+        grad, q, k, v, out, lse, end_q, end_k, work_q, work_k, scale, dq, dk, dv
+    ).values():  # fmt: skip
+        launch()
 
 
 def backward_parts(

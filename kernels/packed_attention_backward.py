@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from avfast.kernels.packed_tiles import clear_rows, item, load, multiply_add, products, store, zeros
+from avfast.kernels.packed_tiles import clear_rows, item, last_full, load, multiply_add, products, store, zeros
 
 
 @triton.jit
@@ -35,12 +34,12 @@ def _add_dq(
     return multiply_add(ds.to(ks.dtype), ks, k_rest, acc, acc_rest, REST, PRECISION)
 
 
-@triton.jit(do_not_specialize=["items", "rows"], do_not_specialize_on_alignment=["boundary"])
+@triton.jit(do_not_specialize=["items", "rows", "split"], do_not_specialize_on_alignment=["boundary"])
 def packed_dq_kernel(
     grad, q, k, v, out, lse, delta, dq, work, boundary, grad_row, grad_head, q_row, q_head, k_row, k_head,
-    v_row, v_head, out_row, out_head, dq_row, dq_head, heads, items, rows, scale,
+    v_row, v_head, out_row, out_head, dq_row, dq_head, heads, items, rows, split, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries of one head, and delta = sum_d dO O, which dK needs as well."""
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -49,7 +48,7 @@ def packed_dq_kernel(
     if index == items:
         clear_rows(dq, tl.load(boundary), rows, dq_row, D, BLOCK_M, BLOCK_D, REST)
         return
-    begin, end, begin_k, end_k = item(work, index, SPLIT, BLOCK_M)
+    begin, end, begin_k, end_k = item(work, index, split, BLOCK_M)
     if begin >= end:
         return
     k += head * k_head
@@ -64,20 +63,22 @@ def packed_dq_kernel(
     # +inf makes p = 0 in rows beyond the sequence.
     top = tl.load(lse + head * rows + i, mask=i < end, other=float("inf")) * 1.4426950408889634
     acc, acc_rest = zeros(BLOCK_M, BLOCK_D, REST)
-    full = begin_k + (end_k - begin_k) // BLOCK_N * BLOCK_N
+    full = last_full(begin_k, end_k, BLOCK_N, TAIL)
     for start in range(begin_k, full, BLOCK_N):
         acc, acc_rest = _add_dq(
             qs, q_rest, do, do_rest, k, v, start, end_k, k_row, v_row, c, top, de, acc, acc_rest,
-            D, BLOCK_D, REST, BLOCK_N, True, PRECISION, UPCAST,
+            D, BLOCK_D, REST, BLOCK_N, TAIL > 0, PRECISION, UPCAST,
         )  # fmt: skip
-    left = end_k - full
-    if left > TAIL:
-        acc, acc_rest = _add_dq(
-            qs, q_rest, do, do_rest, k, v, full, end_k, k_row, v_row, c, top, de, acc, acc_rest,
-            D, BLOCK_D, REST, BLOCK_N, False, PRECISION, UPCAST,
-        )  # fmt: skip
-    elif left > 0:
-        if TAIL:
+    if TAIL:
+        left = end_k - full
+        if TAIL < BLOCK_N:
+            if left > TAIL:
+                acc, acc_rest = _add_dq(
+                    qs, q_rest, do, do_rest, k, v, full, end_k, k_row, v_row, c, top, de, acc, acc_rest,
+                    D, BLOCK_D, REST, BLOCK_N, False, PRECISION, UPCAST,
+                )  # fmt: skip
+                left -= left
+        if left > 0:
             acc, acc_rest = _add_dq(
                 qs, q_rest, do, do_rest, k, v, full, end_k, k_row, v_row, c, top, de, acc, acc_rest,
                 D, BLOCK_D, REST, TAIL, False, PRECISION, UPCAST,
@@ -109,12 +110,12 @@ def _add_dkv(
     return acc_k, acc_k_rest, acc_v, acc_v_rest
 
 
-@triton.jit(do_not_specialize=["items", "rows", "rows_q"], do_not_specialize_on_alignment=["boundary"])
+@triton.jit(do_not_specialize=["items", "rows", "rows_q", "split"], do_not_specialize_on_alignment=["boundary"])
 def packed_dkv_kernel(
     grad, q, k, v, lse, delta, dk, dv, work, boundary, grad_row, grad_head, q_row, q_head, k_row, k_head,
-    v_row, v_head, dk_row, dk_head, dv_row, dv_head, heads, items, rows, rows_q, scale,
+    v_row, v_head, dk_row, dk_head, dv_row, dv_head, heads, items, rows, rows_q, split, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys of one head."""
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -126,7 +127,7 @@ def packed_dkv_kernel(
         clear_rows(dk, end, rows, dk_row, D, BLOCK_N, BLOCK_D, REST)
         clear_rows(dv, end, rows, dv_row, D, BLOCK_N, BLOCK_D, REST)
         return
-    begin, end, begin_q, end_q = item(work, index, SPLIT, BLOCK_N)
+    begin, end, begin_q, end_q = item(work, index, split, BLOCK_N)
     if begin >= end:
         return
     grad += head * grad_head
@@ -138,20 +139,22 @@ def packed_dkv_kernel(
     c = scale * 1.4426950408889634
     acc_k, acc_k_rest = zeros(BLOCK_N, BLOCK_D, REST)
     acc_v, acc_v_rest = zeros(BLOCK_N, BLOCK_D, REST)
-    full = begin_q + (end_q - begin_q) // BLOCK_M * BLOCK_M
+    full = last_full(begin_q, end_q, BLOCK_M, TAIL)
     for start in range(begin_q, full, BLOCK_M):
         acc_k, acc_k_rest, acc_v, acc_v_rest = _add_dkv(
             ks, k_rest, vs, v_rest, q, grad, lse, delta, start, end_q, q_row, grad_row, c,
-            acc_k, acc_k_rest, acc_v, acc_v_rest, D, BLOCK_D, REST, BLOCK_M, True, PRECISION, UPCAST,
+            acc_k, acc_k_rest, acc_v, acc_v_rest, D, BLOCK_D, REST, BLOCK_M, TAIL > 0, PRECISION, UPCAST,
         )  # fmt: skip
-    left = end_q - full
-    if left > TAIL:
-        acc_k, acc_k_rest, acc_v, acc_v_rest = _add_dkv(
-            ks, k_rest, vs, v_rest, q, grad, lse, delta, full, end_q, q_row, grad_row, c,
-            acc_k, acc_k_rest, acc_v, acc_v_rest, D, BLOCK_D, REST, BLOCK_M, False, PRECISION, UPCAST,
-        )  # fmt: skip
-    elif left > 0:
-        if TAIL:
+    if TAIL:
+        left = end_q - full
+        if TAIL < BLOCK_M:
+            if left > TAIL:
+                acc_k, acc_k_rest, acc_v, acc_v_rest = _add_dkv(
+                    ks, k_rest, vs, v_rest, q, grad, lse, delta, full, end_q, q_row, grad_row, c,
+                    acc_k, acc_k_rest, acc_v, acc_v_rest, D, BLOCK_D, REST, BLOCK_M, False, PRECISION, UPCAST,
+                )  # fmt: skip
+                left -= left
+        if left > 0:
             acc_k, acc_k_rest, acc_v, acc_v_rest = _add_dkv(
                 ks, k_rest, vs, v_rest, q, grad, lse, delta, full, end_q, q_row, grad_row, c,
                 acc_k, acc_k_rest, acc_v, acc_v_rest, D, BLOCK_D, REST, TAIL, False, PRECISION, UPCAST,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from avfast.kernels.common import load_tile, store_tile
 
 
@@ -71,8 +70,17 @@ def multiply_add(p, x, rest, acc, acc_rest, REST: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def item(work, index, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def item(work, index, split, BLOCK: tl.constexpr):
     """(first own row, end of the own rows, first other row, end of the other rows)."""
-    entry = work + (index // SPLIT) * 4
-    begin = tl.load(entry) + (index % SPLIT) * BLOCK
+    entry = work + (index // split) * 4
+    begin = tl.load(entry) + (index % split) * BLOCK
     return begin, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+
+
+@triton.jit
+def last_full(begin, end, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """Where full tiles end; without a tail the loop masks, and runs to the end."""
+    full = end
+    if TAIL:
+        full = begin + (end - begin) // BLOCK * BLOCK
+    return full

@@ -19,36 +19,15 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from avfast.kernels import common
+from avfast.kernels.common import DTYPES, HEAD_DIMS, block_of, load_tile, store_tile, unit_stride
 from torch import Tensor
 
-HEAD_DIMS = (16, 32, 64, 80, 128)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUERIES = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 """Size of the block of queries: what fits in the registers. More queries make several launches, of which the later ones
 add to the gradients of keys and values.
 """
 DENSE, MASKED, PACKED = 0, 1, 2
-
-
-@triton.jit
-def _rows(pointer, start, live, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-          UPCAST: tl.constexpr):  # fmt: skip
-    """``(BLOCK, BLOCK_D)`` rows from ``start``; zeros where not ``live`` and from column ``D`` on."""
-    i = tl.arange(0, BLOCK)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    mask = live[:, None] & (d < D)
-    x = tl.load(pointer + tl.cast(start, tl.int64) * stride + i * stride + d, mask=mask, other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _store_rows(pointer, x, start, live, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    i = tl.arange(0, BLOCK)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    place = pointer + tl.cast(start, tl.int64) * stride + i * stride + d
-    tl.store(place, x.to(pointer.dtype.element_ty), mask=live[:, None] & (d < D))
 
 
 @triton.jit
@@ -84,8 +63,8 @@ def _attend(
     acc = tl.zeros((BLOCK_F, BLOCK_DV), tl.float32)
     for start in range(begin, end, BLOCK_N):
         live = _live(keys, start, end, BLOCK_N, KIND)
-        ks = _rows(k, start, live, k_row, D, BLOCK_N, BLOCK_D, UPCAST)
-        vs = _rows(v, start, live, v_row, DV, BLOCK_N, BLOCK_DV, UPCAST)
+        ks = load_tile(k, start, live, k_row, D, BLOCK_N, BLOCK_D, False, UPCAST)
+        vs = load_tile(v, start, live, v_row, DV, BLOCK_N, BLOCK_DV, False, UPCAST)
         s = tl.where(live[None, :], tl.dot(qs, tl.trans(ks), input_precision=PRECISION), float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * c)
         # A tile may be masked as a whole, and -inf minus -inf is no number.
@@ -99,8 +78,11 @@ def _attend(
     return acc, (top + tl.log2(total)) * 0.6931471805599453
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "all_queries", "n_a", "n_v"])
-def forward_kernel(
+@triton.jit(
+    do_not_specialize=["heads", "queries", "all_queries", "n_a", "n_v"],
+    do_not_specialize_on_alignment=["keys_a", "keys_v"],
+)
+def pair_forward_kernel(
     q, k_a, v_a, keys_a, k_v, v_v, keys_v, bias, out, lse_a, lse_v,
     q_batch, q_head, q_row, k_a_batch, k_a_head, k_a_row, v_a_batch, v_a_head, v_a_row,
     k_v_batch, k_v_head, k_v_row, v_v_batch, v_v_head, v_v_row, out_batch, out_head, out_row, bias_head, bias_column,
@@ -115,7 +97,7 @@ def forward_kernel(
     f = tl.arange(0, BLOCK_F)
     own = f < queries
     statistics = tl.program_id(0).to(tl.int64) * all_queries + f
-    qs = _rows(q + sample * q_batch + head * q_head, 0, own, q_row, D, BLOCK_F, BLOCK_D, UPCAST)
+    qs = load_tile(q + sample * q_batch + head * q_head, 0, own, q_row, D, BLOCK_F, BLOCK_D, False, UPCAST)
     c = scale * 1.4426950408889634
     begin, end = _span(keys_a, sample, n_a, KIND_A)
     sum_a, lse = _attend(
@@ -136,7 +118,7 @@ def forward_kernel(
         d = tl.arange(0, BLOCK_DV)
         shift = tl.load(bias + head * bias_head + d * bias_column, mask=d < DV, other=0.0)
         acc += shift.to(tl.float32)[None, :]
-    _store_rows(out + sample * out_batch + head * out_head, acc, 0, own, out_row, DV, BLOCK_F, BLOCK_DV)
+    store_tile(out + sample * out_batch + head * out_head, acc, 0, own, out_row, DV, BLOCK_F, BLOCK_DV)
 
 
 @triton.jit
@@ -148,8 +130,8 @@ def _probabilities(
     """Keys of a tile, and transposed p and dp = dO V^T: then queries and dO are right factors and lie in shared memory,
     not in registers."""
     live = _live(keys, start, end, BLOCK_N, KIND)
-    ks = _rows(k, start, live, k_row, D, BLOCK_N, BLOCK_D, UPCAST)
-    vs = _rows(v, start, live, v_row, DV, BLOCK_N, BLOCK_DV, UPCAST)
+    ks = load_tile(k, start, live, k_row, D, BLOCK_N, BLOCK_D, False, UPCAST)
+    vs = load_tile(v, start, live, v_row, DV, BLOCK_N, BLOCK_DV, False, UPCAST)
     s = tl.dot(ks, tl.trans(qs), input_precision=PRECISION)
     # Where no key takes part top is -inf, and elsewhere s = 0 of an absent key may overflow.
     p = tl.where(live[:, None], tl.exp2(s * c - top[None, :]), 0.0)
@@ -180,13 +162,13 @@ def _differentiate(
         here = start + tl.arange(0, BLOCK_N) < end
         dv_tile = tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         if ADD:
-            dv_tile += _rows(dv, start, here, dv_row, DV, BLOCK_N, BLOCK_DV, True)
-        _store_rows(dv, dv_tile, start, here, dv_row, DV, BLOCK_N, BLOCK_DV)
+            dv_tile += load_tile(dv, start, here, dv_row, DV, BLOCK_N, BLOCK_DV, False, True)
+        store_tile(dv, dv_tile, start, here, dv_row, DV, BLOCK_N, BLOCK_DV)
         ds = (p * (dp - delta[None, :])).to(ks.dtype)
         dk_tile = tl.dot(ds, qs, input_precision=PRECISION) * scale
         if ADD:
-            dk_tile += _rows(dk, start, here, dk_row, D, BLOCK_N, BLOCK_D, True)
-        _store_rows(dk, dk_tile, start, here, dk_row, D, BLOCK_N, BLOCK_D)
+            dk_tile += load_tile(dk, start, here, dk_row, D, BLOCK_N, BLOCK_D, False, True)
+        store_tile(dk, dk_tile, start, here, dk_row, D, BLOCK_N, BLOCK_D)
         dq = tl.dot(tl.trans(ds), ks, dq, input_precision=PRECISION)
     return dq
 
@@ -199,12 +181,15 @@ def _clear_rest(
     """Zeros in packed rows that belong to no sample."""
     for start in range(begin, end, BLOCK_N):
         here = start + tl.arange(0, BLOCK_N) < end
-        _store_rows(dk, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), start, here, dk_row, D, BLOCK_N, BLOCK_D)
-        _store_rows(dv, tl.zeros((BLOCK_N, BLOCK_DV), tl.float32), start, here, dv_row, DV, BLOCK_N, BLOCK_DV)
+        store_tile(dk, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), start, here, dk_row, D, BLOCK_N, BLOCK_D)
+        store_tile(dv, tl.zeros((BLOCK_N, BLOCK_DV), tl.float32), start, here, dv_row, DV, BLOCK_N, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "queries", "all_queries", "n_a", "n_v"])
-def backward_kernel(
+@triton.jit(
+    do_not_specialize=["batch", "heads", "queries", "all_queries", "n_a", "n_v"],
+    do_not_specialize_on_alignment=["keys_a", "keys_v"],
+)
+def pair_backward_kernel(
     grad, q, k_a, v_a, keys_a, k_v, v_v, keys_v, lse_a, lse_v, dq, dk_a, dv_a, dk_v, dv_v,
     grad_batch, grad_head, grad_row, q_batch, q_head, q_row,
     k_a_batch, k_a_head, k_a_row, v_a_batch, v_a_head, v_a_row,
@@ -222,8 +207,9 @@ def backward_kernel(
     f = tl.arange(0, BLOCK_F)
     own = f < queries
     statistics = tl.program_id(0).to(tl.int64) * all_queries + f
-    qs = _rows(q + sample * q_batch + head * q_head, 0, own, q_row, D, BLOCK_F, BLOCK_D, UPCAST)
-    do = _rows(grad + sample * grad_batch + head * grad_head, 0, own, grad_row, DV, BLOCK_F, BLOCK_DV, UPCAST)
+    qs = load_tile(q + sample * q_batch + head * q_head, 0, own, q_row, D, BLOCK_F, BLOCK_D, False, UPCAST)
+    grad += sample * grad_batch + head * grad_head
+    do = load_tile(grad, 0, own, grad_row, DV, BLOCK_F, BLOCK_DV, False, UPCAST)
     acc = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
     begin, end = _span(keys_a, sample, n_a, KIND_A)
     dk = dk_a + sample * dk_a_batch + head * dk_a_head
@@ -250,7 +236,7 @@ def backward_kernel(
     if KIND_V == 2:
         if sample == batch - 1:
             _clear_rest(dk, dv, end, n_v, dk_v_row, dv_v_row, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N)
-    _store_rows(dq + sample * dq_batch + head * dq_head, acc * scale, 0, own, dq_row, D, BLOCK_F, BLOCK_D)
+    store_tile(dq + sample * dq_batch + head * dq_head, acc * scale, 0, own, dq_row, D, BLOCK_F, BLOCK_D)
 
 
 @dataclass(frozen=True)
@@ -268,6 +254,7 @@ def tile(kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype) -> Tile:
     Chosen from the compiler's reports of registers and shared memory (tests/test_kernels_compile.py); times on a GPU
     have not been taken yet.
     """
+    dim_qk, dim_v = block_of(dim_qk), block_of(dim_v)
     wide = max(dim_qk, dim_v) > 64
     if dtype == torch.float32:
         if kernel == "forward":
@@ -283,16 +270,14 @@ def constants(
 ) -> dict:
     """Compile-time arguments and launch options."""
     t = tile(kernel, dim_qk, dim_v, dtype)
-    # Three TF32 products keep float32's accuracy on tensor cores; one alone is what the user may allow for matmuls.
-    exact = torch.get_float32_matmul_precision() == "highest"
     return {
-        "D": dim_qk, "DV": dim_v, "BLOCK_D": triton.next_power_of_2(dim_qk), "BLOCK_DV": triton.next_power_of_2(dim_v),
-        "BLOCK_F": QUERIES[dtype], "BLOCK_N": t.keys, "KIND_A": kind_a, "KIND_V": kind_v,
-        "PRECISION": "tf32x3" if exact else "tf32", "UPCAST": upcast, "num_warps": t.warps, "num_stages": t.stages,
+        "D": dim_qk, "DV": dim_v, "BLOCK_D": block_of(dim_qk), "BLOCK_DV": block_of(dim_v), "BLOCK_F": QUERIES[dtype],
+        "BLOCK_N": t.keys, "KIND_A": kind_a, "KIND_V": kind_v, "PRECISION": common.precision(), "UPCAST": upcast,
+        "num_warps": t.warps, "num_stages": t.stages,
     }  # fmt: skip
 
 
-KERNELS = {"forward": forward_kernel, "backward": backward_kernel}
+KERNELS = {"forward": pair_forward_kernel, "backward": pair_backward_kernel}
 
 
 def variants() -> Iterator[tuple[str, int, int, torch.dtype]]:
@@ -304,24 +289,11 @@ def variants() -> Iterator[tuple[str, int, int, torch.dtype]]:
                     yield kernel, dim_qk, dim_v, dtype
 
 
-def _check(q: Tensor, v: Tensor) -> None:
-    dims = q.shape[-1], v.shape[-1]
-    if q.dtype not in DTYPES or not all(dim in HEAD_DIMS for dim in dims):
-        raise ValueError(
-            f"the Triton kernels of pair_attention take head dimensions {HEAD_DIMS} in float32, float16 and bfloat16, "
-            f"got {dims} in {q.dtype}; AVFAST_BACKEND=reference takes any"
-        )
-
-
 def _chunks(q: Tensor) -> Iterator[slice]:
     """Queries of one launch each; one empty launch where there are none."""
     size = QUERIES[q.dtype]
     for begin in range(0, max(q.shape[2], 1), size):
         yield slice(begin, min(begin + size, q.shape[2]))
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -339,13 +311,8 @@ def _known(k: Tensor, keys: Tensor | None) -> tuple[int, int, Tensor]:
 
 
 def _launch(kernel: str, arguments: Sequence, q: Tensor, v: Tensor, kinds: tuple[int, int], extra: dict) -> None:
-    # The interpreter computes on raw bits of bfloat16.
-    upcast = triton.knobs.runtime.interpret
-    settings = constants(kernel, q.shape[-1], v.shape[-1], q.dtype, *kinds, upcast)
-    programs = q.shape[0] * q.shape[1]
-    if programs:
-        with torch.cuda.device_of(q):
-            KERNELS[kernel][(programs,)](*arguments, **settings, **extra)
+    settings = constants(kernel, q.shape[-1], v.shape[-1], q.dtype, *kinds, common.interpreted())
+    common.launch(KERNELS[kernel], q.shape[0] * q.shape[1], *arguments, **settings, **extra)
 
 
 def forward(
@@ -353,8 +320,8 @@ def forward(
     bias: Tensor | None, scale: float, out: Tensor, lse_a: Tensor, lse_v: Tensor,
 ) -> None:  # fmt: skip
     """Writes ``out`` ``(B, H, F, Dv)`` and the natural log-sum-exp ``(B, H, F)`` of either side."""
-    _check(q, v_a)
-    q, k_a, v_a, k_v, v_v = map(_unit_stride, (q, k_a, v_a, k_v, v_v))
+    common.check("pair_attention", q, v_a)
+    q, k_a, v_a, k_v, v_v = map(unit_stride, (q, k_a, v_a, k_v, v_v))
     (kind_a, n_a, keys_a), (kind_v, n_v, keys_v) = _known(k_a, keys_a), _known(k_v, keys_v)
     shift, bias_strides = (q, (0, 0)) if bias is None else (bias, bias.stride())
     strides = (*_strides(q, k_a, v_a, k_v, v_v, out), *bias_strides)
@@ -373,8 +340,8 @@ def backward(
     dk_v: Tensor, dv_v: Tensor,
 ) -> None:  # fmt: skip
     """Writes all gradients, zeros included."""
-    _check(q, v_a)
-    grad, q, k_a, v_a, k_v, v_v = map(_unit_stride, (grad, q, k_a, v_a, k_v, v_v))
+    common.check("pair_attention", q, v_a)
+    grad, q, k_a, v_a, k_v, v_v = map(unit_stride, (grad, q, k_a, v_a, k_v, v_v))
     (kind_a, n_a, keys_a), (kind_v, n_v, keys_v) = _known(k_a, keys_a), _known(k_v, keys_v)
     grads = (dk_a, dv_a, dk_v, dv_v)
     if not q.shape[0]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from avfast.kernels.common import launch
 from torch import Tensor
 
 
-@triton.jit
-def gather_kernel(
+@triton.jit(do_not_specialize=["width", "num_patches"], do_not_specialize_on_alignment=["rows_ptr"])
+def gather_patches_kernel(
     images_ptr, rows_ptr, out_ptr, width, num_patches,
     stride_image, stride_channel, stride_row, stride_column,
     P: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
@@ -31,9 +32,9 @@ def gather(images: Tensor, rows: Tensor, patch_size: int, dtype: torch.dtype) ->
     height, width = (n // patch_size for n in images.shape[2:])
     values = images.shape[1] * patch_size**2
     out = images.new_empty((rows.shape[0], values), dtype=dtype)
-    if out.numel():
-        gather_kernel[(rows.shape[0],)](
-            images, rows.contiguous(), out, width, height * width, *images.stride(),
-            P=patch_size, VALUES=values, BLOCK=triton.next_power_of_2(values),
-        )  # fmt: skip
+    launch(
+        gather_patches_kernel, rows.shape[0] if values else 0,
+        images, rows.contiguous(), out, width, height * width, *images.stride(),
+        P=patch_size, VALUES=values, BLOCK=triton.next_power_of_2(values),
+    )  # fmt: skip
     return out

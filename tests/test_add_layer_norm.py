@@ -197,14 +197,14 @@ def test_the_kernels_compile_for_hopper_without_spills(dim, stream, update):
     constants = kernels.tile(dim, kernels.FORWARD_TILE)
     warps = constants.pop("num_warps")
     types = {**statistics, **forward, "bias_ptr": "*fp32", "eps": "fp32"}
-    usage = compile_for_hopper(kernels.forward_kernel, types, constants, warps)
+    usage = compile_for_hopper(kernels.norm_forward_kernel, types, constants, warps)
     assert usage.stack == 0 and max(usage.accesses) == 128, usage
     gradients = {"grad_normed_ptr": update_, "grad_total_ptr": stream_, "grad_x_ptr": stream_}
     partials = {"partial_weight_ptr": "*fp32", "partial_bias_ptr": "*fp32"}
     constants = {**kernels.tile(dim, kernels.BACKWARD_TILE), "WRITE_RESIDUAL": stream != update}
     warps = constants.pop("num_warps")
     types = {**statistics, **gradients, **partials, "total_ptr": stream_, "grad_residual_ptr": update_}
-    usage = compile_for_hopper(kernels.backward_kernel, types, constants, warps)
+    usage = compile_for_hopper(kernels.norm_backward_kernel, types, constants, warps)
     assert usage.stack == 0 and max(usage.accesses) == 128, usage
 
 
@@ -213,9 +213,9 @@ def test_a_spill_would_be_seen():
     pytest.importorskip("triton")
     from avfast.kernels import add_layer_norm as kernels
 
-    pointers = [name for name in kernels.backward_kernel.arg_names if name.endswith("_ptr")]
+    pointers = [name for name in kernels.norm_backward_kernel.arg_names if name.endswith("_ptr")]
     constants = {"D": 2048, "BLOCK_D": 2048, "ROWS": 2, "WRITE_RESIDUAL": True}
-    usage = compile_for_hopper(kernels.backward_kernel, dict.fromkeys(pointers, "*fp32"), constants, 1)
+    usage = compile_for_hopper(kernels.norm_backward_kernel, dict.fromkeys(pointers, "*fp32"), constants, 1)
     assert usage.stack > 0, usage
 
 

@@ -322,8 +322,19 @@ def test_interpreted_kernels(name, queries, dim, dim_v, dtype):
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in_the_interpreter")
 def test_interpreted_kernels_name_what_they_do_not_take():
-    with pytest.raises(ValueError, match=r"head dimensions \(16, 32, 64, 80, 128\).*got \(24, 16\) in torch.float32"):
-        pair_attention(*draw(1, 1, 2, 3, 3, 24, 16, torch.float32).tensors)
+    with pytest.raises(ValueError, match="head dimensions up to 128 in float32.*got 136, 16 in torch.float32"):
+        pair_attention(*draw(1, 1, 2, 3, 3, 136, 16, torch.float32).tensors)
+    with pytest.raises(ValueError, match="got 16, 16 in torch.float64"):
+        pair_attention(*draw(1, 1, 2, 3, 3, 16, 16, torch.float64).tensors)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in_the_interpreter")
+def test_interpreted_kernels_leave_to_the_reference_what_they_do_not_take(monkeypatch):
+    monkeypatch.setattr(backend, "_backend", "auto")
+    monkeypatch.setattr(backend, "which", lambda device: "triton")  # as on a GPU
+    assert_right(draw(1, 1, 2, 3, 3, 16, 16, torch.float64), 1e-11)
+    with pytest.warns(UserWarning, match="head dimension 136 runs without kernels, which take up to 128"):
+        assert_right(draw(1, 1, 2, 3, 3, 136, 16, torch.float32))
 
 
 @interpreter
@@ -338,7 +349,7 @@ def test_kernels_in_the_interpreter():
         text=True,
     )
     assert result.returncode == 0, result.stdout[-6000:]
-    assert f"{len(SMALL) + 1 + 3 + 4 + 4} passed" in result.stdout
+    assert f"{len(SMALL) + 2 + 3 + 4 + 4} passed" in result.stdout
 
 
 ALL = [

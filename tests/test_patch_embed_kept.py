@@ -135,12 +135,12 @@ def test_errors_name_the_shapes(arguments, message):
 @pytest.mark.parametrize("patch, channels", [(16, 1), (16, 3), (14, 3)])
 def test_the_kernel_compiles_for_hopper_without_spills(patch, channels):
     triton = pytest.importorskip("triton")
-    from avfast.kernels.patch_embed_kept import gather_kernel
+    from avfast.kernels.patch_embed_kept import gather_patches_kernel
 
     values = channels * patch**2
     constants = {"P": patch, "VALUES": values, "BLOCK": triton.next_power_of_2(values)}
     types = {"images_ptr": "*fp32", "rows_ptr": "*i64", "out_ptr": "*bf16"}
-    usage = compile_for_hopper(gather_kernel, types, constants, 4)
+    usage = compile_for_hopper(gather_patches_kernel, types, constants, 4)
     assert usage.stack == 0 and usage.registers <= 64, usage
 
 

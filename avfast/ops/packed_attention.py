@@ -13,19 +13,16 @@ transforms do not go through custom operators, and there is no second derivative
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from avfast import backend
 from avfast.ops import _attention_libraries as libraries
 from avfast.ops import _attention_reference as reference
-from avfast.ops._attention_work import blocks_per_sequence, most_items, work_lists
+from avfast.ops._attention_work import blocks_per_sequence, most_items, on_kernels, work_lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,32 +178,12 @@ def _bounded_work(
     return work_lists(cu_q, cu_k, counts)
 
 
-def _on_kernels(q: Tensor) -> bool:
-    """Whether the kernels run; under ``auto`` the eager body takes what they do not."""
-    if backend.which(q.device) == "reference":
-        return False
-    from avfast.kernels import common as kernels
-
-    if backend.get_backend() == "triton" or kernels.supports(q):
-        return True
-    if q.dtype != torch.float64:
-        _say_once(q.shape[-1], kernels.MOST_COLUMNS)
-    return False
-
-
-@cache
-def _say_once(head_dim: int, most: int) -> None:
-    warnings.warn(
-        f"attention with head dimension {head_dim} runs without kernels, which take up to {most}: slower", stacklevel=2
-    )
-
-
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: list[Tensor], max_q: int, max_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        if not _on_kernels(q):
+        if not on_kernels(q):
             return reference.forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, scale)
         from avfast.kernels import packed_attention as kernels
 
@@ -221,7 +198,7 @@ def _backward(
     work: list[Tensor], max_q: int, max_k: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        if not _on_kernels(q):
+        if not on_kernels(q):
             reference.backward(grad, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, scale, dq, dk, dv)
             return
         from avfast.kernels import packed_attention as kernels
@@ -373,8 +350,9 @@ def packed_attention(
     """Attention within each packed sequence.
 
     Args:
-        q: ``(Tq, H, D)`` queries, of any strides; in float32, float16, bfloat16, without kernels also float64. Under
-            autocast they are cast as matrix products are. The kernels take D in {16, 32, 64, 80, 128}.
+        q: ``(Tq, H, D)`` queries, of any strides; in float32, float16, bfloat16, float64. Under autocast they are cast
+            as matrix products are. The kernels take D up to 128, fastest where a multiple of 16, in all but float64;
+            the rest runs in PyTorch's own operations.
         k: ``(Tk, H, D)`` keys.
         v: ``(Tk, H, D)`` values.
         cu_seqlens_q: ``(S + 1,)`` int32 boundaries of the queries' sequences, rising from 0. On a CUDA device nobody

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from avfast import backend
 from avfast.ops import _attention_reference as reference
+from avfast.ops._attention_work import on_kernels
 from avfast.ops._autocast import autocast_dtype
 
 
@@ -56,8 +56,8 @@ def pair_attention(
 
     Args:
         q: ``(B, H, F, Dqk)`` queries, of any strides; F is small (fusion tokens). In float32, float16, bfloat16,
-            without kernels also float64. Under autocast all but the bias are cast as matrix products are. The kernels
-            take Dqk and Dv in {16, 32, 64, 80, 128}.
+            float64. Under autocast all but the bias are cast as matrix products are. The kernels take Dqk and Dv up to
+            128, fastest where multiples of 16, in all but float64; the rest runs in PyTorch's own operations.
         k_a: ``(B, H, Na, Dqk)`` keys of the first modality, or packed ``(Ta, H, Dqk)`` with ``cu_seqlens_a``; None
             together with ``v_a``.
         v_a: ``(B, H, Na, Dv)`` or ``(Ta, H, Dv)`` values.
@@ -194,7 +194,7 @@ def _op(
     ``keys_*`` is what is known of a side's keys: a bool mask ``(B, N)``, the int32 boundaries of packed keys, or None.
     """
     with torch.autocast(q.device.type, enabled=False):
-        if backend.which(q.device) == "reference":
+        if not on_kernels(q, v_a):
             return _reference(q, k_a, v_a, keys_a, k_v, v_v, keys_v, bias, scale)
         from avfast.kernels import pair_attention as kernels
 
@@ -210,7 +210,7 @@ def _op_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k_a, v_a, k_v, v_v."""
     with torch.autocast(q.device.type, enabled=False):
-        if backend.which(q.device) == "reference":
+        if not on_kernels(q, v_a):
             return _reference_backward(grad, q, k_a, v_a, keys_a, k_v, v_v, keys_v, lse_a, lse_v, scale)
         from avfast.kernels import pair_attention as kernels
 
