@@ -103,8 +103,8 @@ def compiled(variant: Variant, arch: int = 90, **changes) -> dict:
             signature[argument] = POINTERS[dtype]
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, fixed, attributes)
-    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    code = ASTSource(kernel, signature, fixed, attributes)
+    result = triton.compile(code, target=GPUTarget("cuda", arch, 32), options=options)
     return labels(variant, arch) | inspected(result, options["num_warps"]) | {"source": source(variant)}
 
 
