@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,20 @@ def test_new_lengths_do_not_recompile(maxima):
         want = packed_attention(q, k, v, cumulative(lengths))
         assert torch.equal(compiled(q, k, v, cumulative(lengths), most), want)
     assert counter.frame_count <= (3 if maxima else 2)
+
+
+def test_new_plans_do_not_recompile():
+    """Their work lists, one per length class, may hold nothing, one item or many."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda qkv, plan: packed_attention_qkv(qkv, plan=plan), fullgraph=True, backend=counter)
+    for lengths in ([5], [70, 3], [300], [70, 80, 90, 3, 3], [300, 3], [300, 300, 300], [257, 65, 64], [1, 1, 1, 1]):
+        plan = AttentionPlan.of(lengths)
+        plan = replace(plan, work=_exact_work(plan.cu_seqlens_q, None))
+        compiled(torch.zeros(sum(lengths), 3, 1, 16), plan)
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
