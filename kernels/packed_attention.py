@@ -25,12 +25,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from avfast.kernels import common
 from avfast.kernels.common import DTYPES, HEAD_DIMS, supports, unit_stride
 from avfast.kernels.packed_attention_backward import packed_dkv_kernel, packed_dq_kernel, packed_whole_kernel
 from avfast.kernels.packed_tiles import clear_rows, item, last_full, load, multiply_add, products, store, zeros
 from torch import Tensor
 
+from avfast.kernels import common
 from avfast.ops._attention_work import ROWS, SPARE
 
 __all__ = ["KERNELS", "TABLE", "Tile", "backward", "candidates", "constants", "forward", "override", "supports", "tile"]

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from avfast.kernels import common
 from avfast.kernels.common import DTYPES, HEAD_DIMS, block_of, load_tile, store_tile, unit_stride
 from torch import Tensor
+
+from avfast.kernels import common
 
 QUERIES = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 """Size of the block of queries: what fits in the registers. More queries make several launches, of which the later ones

@@ -22,10 +22,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
-<<<<<<< HEAD
-from avfast.kernels import packed_attention, pair_attention  # noqa: E402
-from avfast.ops.packed_attention import BLOCKS  # noqa: E402
-=======
 from avfast.kernels import (  # noqa: E402
     common,
     packed_attention,
@@ -33,7 +29,6 @@ from avfast.kernels import (  # noqa: E402
     packed_tiles,
     pair_attention,
 )
->>>>>>> 155de96 (Kernels: one launcher with a device guard, names that profiles tell apart, any head dimension up to 128)
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "compile_check.csv"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avfast import backend
 from avfast.ops import _attention_libraries as libraries
 from avfast.ops import _attention_reference as reference
 from avfast.ops._attention_work import blocks_per_sequence, most_items, on_kernels, work_lists
