@@ -2,7 +2,7 @@
 
 A program owns one block of rows of one head and loops over the rows of the other side, so every element has one writer,
 nothing is added atomically, and the result does not depend on the order in which programs run. Which block of which
-sequence, a work list says (see :mod:`avfast.ops._attention_work`), one list and one launch per length class. An item is
+sequence, a work list says (see :mod:`avfast.kernels.work_lists`), one list and one launch per length class. An item is
 (first row, end of its sequence, first and end of the other side's rows), 16 bytes, so that a program's first loads wait
 for one load only. Items with nothing to do exit at once.
 
@@ -28,10 +28,10 @@ import triton.language as tl
 from avfast.kernels.common import DTYPES, HEAD_DIMS, supports, unit_stride
 from avfast.kernels.packed_attention_backward import packed_dkv_kernel, packed_dq_kernel, packed_whole_kernel
 from avfast.kernels.packed_tiles import clear_rows, item, last_full, load, multiply_add, products, store, zeros
+from avfast.kernels.work_lists import ROWS, SPARE
 from torch import Tensor
 
 from avfast.kernels import common
-from avfast.ops._attention_work import ROWS, SPARE
 
 __all__ = ["KERNELS", "TABLE", "Tile", "backward", "candidates", "constants", "forward", "override", "supports", "tile"]
 
@@ -96,14 +96,12 @@ def packed_forward_kernel(
         )  # fmt: skip
     if TAIL:
         left = end_k - full
-        if TAIL < BLOCK_N:
-            if left > TAIL:
-                top, total, acc, acc_rest = _attend(
-                    qs, q_rest, k, v, full, end_k, k_row, v_row, c, top, total, acc, acc_rest,
-                    D, BLOCK_D, REST, BLOCK_N, False, PRECISION, UPCAST,
-                )  # fmt: skip
-                left -= left
-        if left > 0:
+        if left > TAIL:
+            top, total, acc, acc_rest = _attend(
+                qs, q_rest, k, v, full, end_k, k_row, v_row, c, top, total, acc, acc_rest,
+                D, BLOCK_D, REST, BLOCK_N, False, PRECISION, UPCAST,
+            )  # fmt: skip
+        elif left > 0:
             top, total, acc, acc_rest = _attend(
                 qs, q_rest, k, v, full, end_k, k_row, v_row, c, top, total, acc, acc_rest,
                 D, BLOCK_D, REST, TAIL, False, PRECISION, UPCAST,
@@ -261,7 +259,7 @@ def variants() -> Iterator[tuple[str, int, torch.dtype, str]]:
 
 
 Work = Sequence[Tensor]
-"""Lists of tiny, short and long sequences, see :func:`avfast.ops._attention_work.work_lists`."""
+"""Lists of tiny, short and long sequences, see :func:`avfast.kernels.work_lists.work_lists`."""
 
 
 def _launch(

@@ -71,14 +71,12 @@ def packed_dq_kernel(
         )  # fmt: skip
     if TAIL:
         left = end_k - full
-        if TAIL < BLOCK_N:
-            if left > TAIL:
-                acc, acc_rest = _add_dq(
-                    qs, q_rest, do, do_rest, k, v, full, end_k, k_row, v_row, c, top, de, acc, acc_rest,
-                    D, BLOCK_D, REST, BLOCK_N, False, PRECISION, UPCAST,
-                )  # fmt: skip
-                left -= left
-        if left > 0:
+        if left > TAIL:
+            acc, acc_rest = _add_dq(
+                qs, q_rest, do, do_rest, k, v, full, end_k, k_row, v_row, c, top, de, acc, acc_rest,
+                D, BLOCK_D, REST, BLOCK_N, False, PRECISION, UPCAST,
+            )  # fmt: skip
+        elif left > 0:
             acc, acc_rest = _add_dq(
                 qs, q_rest, do, do_rest, k, v, full, end_k, k_row, v_row, c, top, de, acc, acc_rest,
                 D, BLOCK_D, REST, TAIL, False, PRECISION, UPCAST,
@@ -147,14 +145,12 @@ def packed_dkv_kernel(
         )  # fmt: skip
     if TAIL:
         left = end_q - full
-        if TAIL < BLOCK_M:
-            if left > TAIL:
-                acc_k, acc_k_rest, acc_v, acc_v_rest = _add_dkv(
-                    ks, k_rest, vs, v_rest, q, grad, lse, delta, full, end_q, q_row, grad_row, c,
-                    acc_k, acc_k_rest, acc_v, acc_v_rest, D, BLOCK_D, REST, BLOCK_M, False, PRECISION, UPCAST,
-                )  # fmt: skip
-                left -= left
-        if left > 0:
+        if left > TAIL:
+            acc_k, acc_k_rest, acc_v, acc_v_rest = _add_dkv(
+                ks, k_rest, vs, v_rest, q, grad, lse, delta, full, end_q, q_row, grad_row, c,
+                acc_k, acc_k_rest, acc_v, acc_v_rest, D, BLOCK_D, REST, BLOCK_M, False, PRECISION, UPCAST,
+            )  # fmt: skip
+        elif left > 0:
             acc_k, acc_k_rest, acc_v, acc_v_rest = _add_dkv(
                 ks, k_rest, vs, v_rest, q, grad, lse, delta, full, end_q, q_row, grad_row, c,
                 acc_k, acc_k_rest, acc_v, acc_v_rest, D, BLOCK_D, REST, TAIL, False, PRECISION, UPCAST,

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from attention_contract import HALVES, assert_right, draw, outcome
+from avfast.kernels.work_lists import ROWS, SHORT, SPARE
 from helpers import assert_close, interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avfast import backend, flops
 from avfast.ops import AttentionPlan, flash_attn_varlen_func, packed_attention, packed_attention_qkv
-from avfast.ops._attention_work import ROWS, SHORT, SPARE
 from avfast.ops.packed_attention import _bounded_work, _exact_work
 from avfast.packing import cumulative
 

@@ -304,7 +304,7 @@ def test_flops(device, packed):
 # Kernels: on a GPU, and interpreted in a process of their own.
 
 SMALL = [
-    ("dense", 5, 16, 64, torch.float32),
+    ("dense", 5, 24, 48, torch.float32),
     ("masked", 20, 64, 16, torch.float32),
     ("packed", 33, 16, 16, torch.float16),
     ("both packed", 5, 80, 32, torch.bfloat16),

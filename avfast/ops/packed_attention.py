@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from avfast import backend
+from avfast.kernels.work_lists import blocks_per_sequence, most_items, work_lists
 from avfast.ops import _attention_libraries as libraries
 from avfast.ops import _attention_reference as reference
-from avfast.ops._attention_work import blocks_per_sequence, most_items, on_kernels, work_lists
+from avfast.ops._attention_kernels import on_kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class AttentionPlan:
     Args:
         cu_seqlens_q: ``(S + 1,)`` int32 boundaries of the queries' sequences.
         cu_seqlens_k: the same for keys and values; None in self-attention.
-        work: int32 lists of what the kernels' programs do, see :func:`avfast.ops._attention_work.work_lists`; empty
+        work: int32 lists of what the kernels' programs do, see :func:`avfast.kernels.work_lists.work_lists`; empty
             where none run.
         max_seqlen_q: no sequence has more queries; 0 when unknown.
         max_seqlen_k: likewise for keys.

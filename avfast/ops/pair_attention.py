@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from avfast.ops import _attention_reference as reference
-from avfast.ops._attention_work import on_kernels
+from avfast.ops._attention_kernels import on_kernels
 from avfast.ops._autocast import autocast_dtype
 
 

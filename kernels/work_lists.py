@@ -1,14 +1,9 @@
-"""Whether attention runs on kernels, and what the programs of the packed ones do: work lists per length class."""
+"""What the programs of the packed attention kernels do: work lists per length class. Needs no Triton."""
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-
 import torch
 from torch import Tensor
-
-from avfast import backend
 
 SHORT = 256
 ROWS = {"tiny": 64, "short": 64, "long": 128}
@@ -74,25 +69,3 @@ def work_lists(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, counts: list[l
         item = torch.stack([begin + offset, end, other_begin, other_end], 2) * (slots < ends[:, -1:])[:, :, None]
         lists += [x[: size + SPARE] for x, size in zip(item.to(torch.int32), sizes, strict=True)]
     return lists
-
-
-def on_kernels(*tensors: Tensor) -> bool:
-    """Whether the Triton kernels run for such heads; under ``auto`` the eager bodies take what the kernels do not:
-    float64, and with a warning head dimensions above theirs."""
-    if backend.which(tensors[0].device) == "reference":
-        return False
-    from avfast.kernels import common as kernels
-
-    if backend.get_backend() == "triton" or kernels.supports(*tensors):
-        return True
-    if tensors[0].dtype in kernels.DTYPES:
-        _warn_once(max(x.shape[-1] for x in tensors), kernels.MOST_COLUMNS)
-    return False
-
-
-@cache
-def _warn_once(head_dim: int, most: int) -> None:
-    warnings.warn(
-        f"attention with head dimension {head_dim} runs without kernels, which take up to {most}, and is slower so",
-        stacklevel=3,
-    )
