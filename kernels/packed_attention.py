@@ -228,8 +228,13 @@ def override(kernel: str, size: str, tile: Tile | None) -> Iterator[None]:
         del _overrides[kernel, size]
 
 
-def constants(kernel: str, head_dim: int, dtype: torch.dtype, size: str, upcast: bool = False) -> dict[str, Any]:
-    """Compile-time arguments and launch options of the tile in force."""
+def constants(
+    kernel: str, head_dim: int, dtype: torch.dtype, size: str, upcast: bool = False, capability: int = 9
+) -> dict[str, Any]:
+    """Compile-time arguments and launch options of the tile in force.
+
+    Registers are bounded on Hopper alone, whose tensor cores read from shared memory; elsewhere the same bound spills.
+    """
     t = tile(kernel, head_dim, dtype, size)
     if t is None:
         raise ValueError(f"the {kernel} kernel has no tile for {size} sequences, {head_dim} columns, {dtype}")
@@ -240,7 +245,8 @@ def constants(kernel: str, head_dim: int, dtype: torch.dtype, size: str, upcast:
     form: dict[str, Any] = {"ONE": t.other >= ROWS[size]} if kernel == "whole" else {"TAIL": t.tail}
     return form | {
         "D": head_dim, "BLOCK_D": width, "REST": rest, "BLOCK_M": m, "BLOCK_N": n, "PRECISION": common.precision(),
-        "UPCAST": upcast, "num_warps": t.warps, "num_stages": t.stages, "maxnreg": t.registers or None,
+        "UPCAST": upcast, "num_warps": t.warps, "num_stages": t.stages,
+        "maxnreg": t.registers if t.registers and capability == 9 else None,
     }  # fmt: skip
 
 
@@ -270,10 +276,11 @@ def _launch(
     like = tensors[0]
     heads, head_dim = like.shape[1:]
     strides = [s for x in strided for s in x.stride()[:2]]
+    capability = torch.cuda.get_device_capability(like.device)[0] if like.is_cuda else 9
     lists = {size: items for size, items in zip(ROWS, work, strict=True) if size in sizes}
     full = [size for size in reversed(lists) if len(lists[size]) > SPARE] or list(lists)[-1:] * clear
     for number, size in enumerate(full):
-        settings = constants(kernel, head_dim, like.dtype, size, common.interpreted())
+        settings = constants(kernel, head_dim, like.dtype, size, common.interpreted(), capability)
         split = () if kernel == "whole" else (ROWS[size] // settings["BLOCK_N" if kernel == "dkv" else "BLOCK_M"],)
         items = (len(lists[size]) - SPARE) * math.prod(split)
         arguments = (*tensors, lists[size], *boundaries, *strides, heads, items, *numbers, *split, scale)

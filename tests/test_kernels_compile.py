@@ -52,11 +52,11 @@ Variant = tuple[str, str, tuple[int, ...], torch.dtype, str, str]
 values') and no length classes."""
 
 
-def constants(variant: Variant) -> dict:
+def constants(variant: Variant, arch: int = 90) -> dict:
     """Compile-time arguments and options; of the pair kernels the form that does most (masks, a bias, sums)."""
     op, name, dims, dtype, size, precision = variant
     if op == "packed_attention":
-        chosen = packed_attention.constants(name, *dims, dtype, size)
+        chosen = packed_attention.constants(name, *dims, dtype, size, capability=arch // 10)
     else:
         masked = pair_attention.MASKED
         chosen = pair_attention.constants(name, *dims, dtype, masked, masked)
@@ -80,7 +80,7 @@ def compiled(variant: Variant, arch: int = 90, **changes) -> dict:
 
     op, name, dims, dtype, size, precision = variant
     kernel = OPS[op][0].KERNELS[name]
-    fixed = constants(variant) | changes
+    fixed = constants(variant, arch) | changes
     options = {key: fixed.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in fixed}
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
