@@ -164,7 +164,8 @@ TABLE = (
         Tile(64, 64, 4, 2, 16, 128), Tile(64, 64, 4, 2, 32, 128), Tile(64, 64, 4, 3, 16, 128), Tile(64, 32, 4, 2, 16))),
     Row("forward", ("long",), 64, HALF, (
         Tile(128, 64, 8, 3, 16), Tile(64, 64, 4, 2, 16, 128), Tile(128, 64, 8, 3, 32), Tile(128, 128, 8, 2, 32))),
-    Row("forward", EACH, 96, HALF, (Tile(64, 64, 4, 2, 16), Tile(64, 32, 4, 2, 16, 128), Tile(128, 64, 8, 2, 16))),
+    Row("forward", BLOCKS_OF_64, 96, HALF, (Tile(64, 64, 4, 2, 16), Tile(64, 32, 4, 2, 16, 128))),
+    Row("forward", ("long",), 96, HALF, (Tile(64, 64, 4, 2, 16), Tile(128, 64, 8, 2, 16))),
     Row("forward", BLOCKS_OF_64, 128, HALF, (Tile(64, 32, 4, 2, 16),)),
     Row("forward", ("long",), 128, HALF, (Tile(128, 64, 8, 2, 16), Tile(64, 64, 4, 2, 16))),
     Row("forward", EACH, 64, FLOAT32, (Tile(64, 32, 4, 2),)),

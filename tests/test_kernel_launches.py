@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from dataclasses import replace
@@ -13,8 +14,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not specialised", allow_module_level=True)
 pytest.importorskip("triton")
 
+from avfast.kernels.work_lists import ROWS  # noqa: E402
 from mock_driver import mock_driver  # noqa: E402
 
+from avfast.kernels import packed_attention as kernels  # noqa: E402
 from avfast.ops import (  # noqa: E402
     AttentionPlan,
     add_layer_norm,
@@ -67,6 +70,17 @@ def test_grids_are_exact_long_sequences_first_and_no_class_is_empty(monkeypatch,
         clears = name != "whole" or "dq" not in classes
         assert found.pop(name) == [items[0] + clears, *items[1:]], name
     assert not found
+
+
+def test_every_tile_of_the_table_fits_its_length_class(monkeypatch):
+    for row in kernels.TABLE:
+        for size, tile in itertools.product(row.sizes, row.tiles):
+            monkeypatch.setitem(ROWS, "tiny", 128 if row.kernel == "whole" and tile.own == 128 else 64)
+            with kernels.override(row.kernel, size, tile):
+                kernels.constants(row.kernel, row.columns, torch.float32, size)
+    with kernels.override("forward", "short", kernels.Tile(128, 64, 8, 2)):
+        with pytest.raises(ValueError, match=r"forward kernel cannot have Tile\(own=128.* for items of 64 rows"):
+            kernels.constants("forward", 64, torch.float32, "short")
 
 
 def test_pair_attention_compiles_once_per_kind_of_keys(monkeypatch):

@@ -22,6 +22,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
+from avfast.kernels.work_lists import ROWS  # noqa: E402
+
 from avfast.kernels import (  # noqa: E402
     common,
     packed_attention,
@@ -270,6 +272,23 @@ def test_the_committed_table_holds_every_variant_of_these_sources(op):
     if triton.__version__ == "3.6.0":
         stale = [k for k, row in table.items() if row["source"] != wanted[k]]
         assert not stale, f"kernels changed: run python tests/test_kernels_compile.py {op} and commit the table"
+
+
+CANDIDATES = [
+    (name, dim, size, tile)
+    for name in packed_attention.KERNELS
+    for dim in (64, 80, 128)
+    for size in ROWS
+    for tile in packed_attention.candidates(name, dim, HALF, size)[1:]
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, dim, size, tile", CANDIDATES, ids=str)
+def test_candidates_do_not_spill(name, dim, size, tile, monkeypatch):
+    monkeypatch.setitem(ROWS, "tiny", max(64, tile.own if name == "whole" else 0))
+    with packed_attention.override(name, size, tile):
+        check(compiled(("packed_attention", name, (dim,), HALF, size, "tf32x3")))
 
 
 @pytest.mark.slow

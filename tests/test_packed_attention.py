@@ -237,7 +237,7 @@ CASES = {
     "cross": ([3, 65, 0, 9], [40, 70, 8, 0]),
     "long queries": ([300], [20]),
     "long keys": ([20], [290]),
-    "tails": ([65, 144], [90, 16]),
+    "tails": ([65, 144, 100], [90, 16, 48]),
     "tiny": ([64, 0, 5], [9, 30, 0]),
     "nothing": ([], None),
 }
@@ -283,6 +283,17 @@ def test_interpreted_kernels_on_packed_qkv():
 
 
 @interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in_the_interpreter")
+@pytest.mark.parametrize("own, other", [(128, 32), (0, 0)])
+def test_interpreted_other_backward_passes_of_tiny_sequences(own, other, monkeypatch):
+    """One program for sequences of up to 128 rows, and the two kernels of longer ones."""
+    from avfast.kernels import packed_attention as kernels
+
+    monkeypatch.setitem(ROWS, "tiny", own or 64)
+    with kernels.override("whole", "tiny", kernels.Tile(own, other, 8, 1) if own else None):
+        run_kernels(16, torch.bfloat16, "tails" if own else "tiny", "cpu", 1)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
@@ -294,7 +305,7 @@ def test_kernels_in_the_interpreter():
         text=True,
     )
     assert result.returncode == 0, result.stdout[-6000:]
-    assert f"{len(SMALL) + 1} passed" in result.stdout
+    assert f"{len(SMALL) + 3} passed" in result.stdout
 
 
 @pytest.mark.gpu
