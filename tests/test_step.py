@@ -85,9 +85,8 @@ def fake_plans(monkeypatch):
 
     def of(lengths, lengths_k=None, device=None):
         q = torch.empty(len(lengths) + 1, dtype=torch.int32, device=device)
-        return AttentionPlan(
-            q, None if lengths_k is None else q, torch.empty(4, 9, 4, dtype=torch.int32, device=device)
-        )
+        work = [torch.empty(9, 4, dtype=torch.int32, device=device) for _ in range(3 if lengths_k is None else 6)]
+        return AttentionPlan(q, None if lengths_k is None else q, work)
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(AttentionPlan, "of", of)
