@@ -288,7 +288,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
-    inputs, (out, lse, *work) = ctx.saved_tensors[: ctx.first], ctx.saved_tensors[ctx.first :]
+    saved = ctx.saved_tensors  # activation checkpointing lets each be read once
+    inputs, (out, lse, *work) = saved[: ctx.first], saved[ctx.first :]
     nothing = (*(None for _ in inputs), [None] * len(work), *(None for _ in ctx.numbers))
     if grad is None:
         return nothing
