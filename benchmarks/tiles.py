@@ -30,11 +30,7 @@ from common import OURS, Row
 from machine import Machine
 
 from avfast.kernels import packed_attention as kernels
-
-try:
-    from avfast.kernels import work_lists as work
-except ImportError:
-    work = None  # no table of tiles to choose from
+from avfast.kernels import work_lists as work
 
 DTYPES = attention.DTYPES
 CASES = "n49,n98,n196,n392,n512,n1568,mix-0-50,decoder-708"
@@ -79,8 +75,6 @@ class Choice:
 def choices(case: Case, dtype: torch.dtype) -> list[Choice]:
     """Every tile but the shipped ones that a case would run with."""
     found: list[Choice] = []
-    if work is None:
-        return found
     whole = bool(kernels.candidates("whole", case.dim, dtype, "tiny"))
     for kernel, size in itertools.product(kernels.KERNELS, work.ROWS):
         tiles = kernels.candidates(kernel, case.dim, dtype, size)
