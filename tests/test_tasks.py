@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.tasks.features import KINDS, _gather, pooled
+from avfast.tasks.features import KINDS, pooled
 from avfast.tasks.probe import average_precision, linear_probe
 from avfast.tasks.retrieval import chance, ranks, recall, retrieval
 
@@ -149,6 +149,3 @@ def test_a_diverged_model_gives_no_figure():
     for pair, words in (((broken, features), "train_features"), ((features, broken), "test_features")):
         with pytest.raises(ValueError, match=f"{words} hold values that are not finite"):
             linear_probe(pair[0], labels, pair[1], labels)
-    local = {"index": torch.arange(8), "audio": broken, "index_audio": torch.arange(8)}
-    with pytest.raises(ValueError, match="the features of 1 of 8 clips are not finite"):
-        _gather(local, [])
