@@ -6,6 +6,7 @@ import marshal
 import mmap
 import os
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,7 @@ class PackedClips(Sequence[Clip]):
             # Memory without a name rather than /dev/shm, which containers make small
             named = not hasattr(os, "memfd_create")
             self._file = tempfile.TemporaryFile() if named else os.fdopen(os.memfd_create("clips"), "r+b")
+            weakref.finalize(self, self._file.close)
             self._file.write(self._buffer)
             self._file.flush()
             self._set(self._count, mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
