@@ -194,14 +194,18 @@ def make_eval(dataset: ClipDataset, workers: int = 0) -> Any:
     return eval_loader(dataset, 16, workers)
 
 
-LOADER = """
+ONE_BATCH = """
 import sys
 from avfast.data.clips import ClipDataset, StepBatches, make_loader
 from avfast.data.frontend import KaldiFrontend
 from avfast.data.manifest import read_folder
 if __name__ == "__main__":
     data = ClipDataset(read_folder(sys.argv[1]), frontend=KaldiFrontend(num_frames=64, image_size=32), train=True)
-    for batch in make_loader(data, StepBatches(1, 1, steps=10**9), 1):
+    batches = iter(make_loader(data, StepBatches(1, 1, steps=10**9), 1))
+    next(batches)
+"""
+LOADER = f"""{ONE_BATCH}
+    for batch in batches:
         print("ready", flush=True)
 """
 BARE = f"""
@@ -231,6 +235,12 @@ def test_workers_end_with_a_killed_trainer(folder: Path, tmp_path: Path, script:
         ended.start()
         ended.join(10)
         assert not ended.is_alive()
+
+
+def test_a_script_may_end_while_it_loads(folder: Path, tmp_path: Path) -> None:
+    """The loader is alive until the interpreter has gone."""
+    (tmp_path / "script.py").write_text(ONE_BATCH)
+    subprocess.run([sys.executable, str(tmp_path / "script.py"), str(folder / "a/sound.wav")], check=True, timeout=60)
 
 
 def test_workers_change_nothing(folder: Path) -> None:

@@ -6,6 +6,7 @@ be split over any number of processes and workers without changing a sample.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -265,18 +266,36 @@ class Loader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            if batch.short.any():
-                if not self.short:
-                    logger.warning("some clips are shorter than the model's %.2f s: their end is padded", self._seconds)
-                self.short.update(batch.index[batch.short].tolist())
-            if batch.truncated and not self.truncated:
-                logger.warning(
-                    "some files end before their headers say (%s is the first): what is there is used",
-                    batch.truncated[0],
-                )
-            self.truncated.update(batch.truncated)
-            yield batch
+        before = set(multiprocessing.active_children())
+        batches = iter(self._loader)
+        workers = set(multiprocessing.active_children()) - before
+        # Python ends its processes by a signal that these ignore, and waits for them.
+        end = partial(_kill, workers)
+        atexit.register(end)
+        try:
+            for batch in batches:
+                self._note(batch)
+                yield batch
+        finally:
+            del batches  # asks the workers to end, and waits a little
+            end()
+            atexit.unregister(end)
+
+    def _note(self, batch: Batch) -> None:
+        if batch.short.any():
+            if not self.short:
+                logger.warning("some clips are shorter than the model's %.2f s: their end is padded", self._seconds)
+            self.short.update(batch.index[batch.short].tolist())
+        if batch.truncated and not self.truncated:
+            logger.warning(
+                "some files end before their headers say (%s is the first): what is there is used", batch.truncated[0]
+            )
+        self.truncated.update(batch.truncated)
+
+
+def _kill(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def make_loader(
