@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from avfast.masking import Kept
 from avfast.nn import ContextBlock, FusionBlock, PatchDecoder, TokenLayout
+from avfast.nn.fusion import linear_halves
 from avfast.ops import AttentionPlan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -115,6 +116,31 @@ def test_an_instance_without_a_modality_reads_nothing_of_it(arch):
         read = materialised.attend(module.attn.q(x), k, v, HEADS, None) + module.attn.kv.bias[module.attn.widths[0] :]
         x = tokens[1:] + module.attn.proj(read)
         assert_close("half of the sum", only, x + module.mlp(module.norm2(x)), 1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3), (4,), (2, 0)])
+def test_halves_of_a_weight_have_the_gradients_of_slices(shape, autocast):
+    dtype = torch.float32 if autocast else torch.float64
+    leaves = [torch.randn(*shape, 6, dtype=dtype), torch.randn(2, 5, 6, dtype=dtype), torch.randn(4, 12, dtype=dtype)]
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def plain(first: Tensor, second: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return nn.functional.linear(first, weight[:, :6]), nn.functional.linear(second, weight[:, 6:])
+
+    def step(call):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            first, second = call(*leaves)
+        assert first.dtype == second.dtype == (torch.bfloat16 if autocast else dtype)
+        loss = first.to(dtype).square().sum() + second.to(dtype).square().sum()
+        return first, second, *torch.autograd.grad(loss, leaves)
+
+    for i, (got, want) in enumerate(zip(step(linear_halves), step(plain), strict=True)):
+        assert got.dtype == want.dtype
+        assert_close(str(i), got, want, 1e-2 if autocast else 1e-12)
+    compiled = torch.compile(linear_halves, fullgraph=True, backend="aot_eager")
+    for i, (got, want) in enumerate(zip(step(compiled), step(plain), strict=True)):
+        assert_close(f"compiled {i}", got, want, 1e-2 if autocast else 1e-12)
 
 
 @pytest.mark.parametrize("packed", [False, True])

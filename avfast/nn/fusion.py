@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from avfast.nn.block import Mlp, PackedAttention
 from avfast.nn.norm import add_norm
 from avfast.ops import AttentionPlan, packed_attention
+from avfast.ops._autocast import autocast_dtype
 from avfast.ops.pair_attention import pair_attention, pair_weights
 from avfast.packing import cumulative, runs
 
@@ -150,6 +152,34 @@ class CrossAttention(nn.Module):
         return pair_weights(q, k, None, scale=self.scale, cu_seqlens_a=cu_seqlens)[0]
 
 
+def linear_halves(first: Tensor, second: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``first @ weight[:, :D].T`` and ``second @ weight[:, D:].T`` of inputs ``(..., D)`` and a weight ``(C, 2 D)``."""
+    if torch.compiler.is_compiling():  # which joins the gradients of the halves without a copy by itself
+        left, right = weight.chunk(2, 1)
+        return F.linear(first, left), F.linear(second, right)
+    return _LinearHalves.apply(*(x.to(autocast_dtype(x)) for x in (first, second, weight)))
+
+
+class _LinearHalves(torch.autograd.Function):
+    """Writes the gradient of each half where it belongs: joining them takes longer than the products of a few rows."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(first, second, weight)
+        left, right = weight.chunk(2, 1)
+        return F.linear(first, left), F.linear(second, right)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, weight = ctx.saved_tensors
+        total = torch.empty_like(weight)
+        for grad, x, half in zip(grads, inputs, total.chunk(2, 1), strict=True):
+            torch.mm(grad.flatten(0, -2).T, x.flatten(0, -2), out=half)
+        first, second = (grad @ half for grad, half in zip(grads, weight.chunk(2, 1), strict=True))
+        return first, second, total
+
+
 class PairAttention(nn.Module):
     """Attention of a few tokens to all pairs of an audio and a visual token, at the cost of attention to each.
 
@@ -201,11 +231,8 @@ class PairAttention(nn.Module):
 
     def project(self, x: Tensor, audio: Tensor, visual: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Queries, and keys and values of each modality, all split into heads."""
-        weight_v, weight_a = self.kv.weight.chunk(2, 1)
-        a, v = (
-            [split_heads(y, self.num_heads) for y in F.linear(tokens, weight).split(self.widths, -1)]
-            for tokens, weight in ((audio, weight_a), (visual, weight_v))
-        )
+        v, a = linear_halves(visual, audio, self.kv.weight)
+        a, v = ([split_heads(y, self.num_heads) for y in kv.split(self.widths, -1)] for kv in (a, v))
         return split_heads(self.q(x), self.num_heads), a, v
 
 

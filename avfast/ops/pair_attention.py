@@ -18,15 +18,17 @@ Dropping entries of the pair map breaks the product, and so does a mask that is 
 
 Operators: ``avfast::pair_attention`` and ``avfast::pair_attention_backward``. The eager bodies run anywhere, in float32
 for half precision; on CUDA devices Triton kernels run, one in each direction, deterministic. ``torch.func`` transforms
-do not go through custom operators, and there is no second derivative.
+do not go through custom operators, and there is no second derivative. On the CPU the two attentions, where they are
+dense, without masks and not in float64, are two calls of PyTorch's own, whose dispatch costs less than an operator's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from avfast.ops import _attention_reference as reference
@@ -93,7 +95,10 @@ def pair_attention(
         except RuntimeError as e:
             want = (q.shape[1], v_a.shape[-1])
             raise ValueError(f"bias_v must broadcast to (H, Dv) = {want}, got {tuple(bias_v.shape)}") from e
-    return _op(q, k_a, v_a, keys_a, k_v, v_v, keys_v, bias_v, _scale(scale, q))[0]
+    scale = _scale(scale, q)
+    if _is_dense(q, k_a, k_v, keys_a, keys_v):
+        return _dense(q, ((k_a, v_a), (k_v, v_v)), bias_v, scale)
+    return _op(q, k_a, v_a, keys_a, k_v, v_v, keys_v, bias_v, scale)[0]
 
 
 @torch.no_grad()
@@ -182,6 +187,23 @@ def _checked_side(
             f"{tuple(mask.shape)}"
         )
     return k, v, cu_seqlens if mask is None else mask
+
+
+def _is_dense(q: Tensor, k_a: Tensor, k_v: Tensor, keys_a: Tensor | None, keys_v: Tensor | None) -> bool:
+    """Whether PyTorch's attention on the CPU computes both sides; in float64 the formula written out is more exact."""
+    if q.device.type != "cpu" or q.dtype == torch.float64 or not keys_a is keys_v is None:
+        return False
+    return bool(k_a.shape[2] or k_v.shape[2]) and backend.which(q.device) == "reference"
+
+
+def _dense(q: Tensor, sides: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, scale: float) -> Tensor:
+    if q.dtype != torch.float32:
+        with torch.autocast("cpu", enabled=False):
+            sides = [(k.float(), v.float()) for k, v in sides]
+            return _dense(q.float(), sides, None if bias is None else bias.float(), scale).to(q.dtype)
+    reads = [F.scaled_dot_product_attention(q, k, v, scale=scale) for k, v in sides if k.shape[2]]
+    out = reads[0] if len(reads) == 1 else reads[0] + reads[1]
+    return out if bias is None else out + bias[:, None]
 
 
 @torch.library.custom_op("avfast::pair_attention", mutates_args=())
