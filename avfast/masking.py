@@ -305,11 +305,12 @@ class Kept:
         return mask.index_fill(0, self.flat(num_patches), False).view(batch, num_patches)
 
     def mean(self, tokens: Tensor, num_patches: int) -> Tensor:
-        """``(B, D)`` mean of the packed tokens ``(T, D)`` of each batch row; a row without any gives zeros."""
+        """``(B, D)`` mean of the packed tokens ``(T, D)`` of each batch row, in at least float32; of none zeros."""
+        wide = torch.promote_types(tokens.dtype, torch.float32)
         if not torch.compiler.is_compiling():
-            return PackedTokens(tokens, self.lengths).mean()[self.inverse]
+            return PackedTokens(tokens, self.lengths).mean(wide)[self.inverse]
         # without the lengths of the host, which a compiled step would be compiled anew for
         placed = tokens.new_zeros(self.inverse.shape[0] * num_patches, tokens.shape[1])
         placed = placed.index_copy(0, self.flat(num_patches), tokens).unflatten(0, (-1, num_patches))
         counts = (~self.masked(num_patches)).sum(1, keepdim=True).clamp(min=1)
-        return placed.sum(1) / counts
+        return placed.sum(1, dtype=wide) / counts

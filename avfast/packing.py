@@ -147,12 +147,14 @@ class PackedTokens:
         parts = self.to_list()
         return PackedTokens.from_list([parts[i] for i in order])
 
-    def mean(self) -> Tensor:
-        """Mean of each sequence, ``(S, ...)``; an empty sequence gives zeros."""
+    def mean(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Mean of each sequence, ``(S, ...)``, in the dtype of ``values`` or a given one; an empty one gives zeros."""
         groups = runs(self.lengths)
         parts = self.values.split([count * length for count, length in groups])
         means = [
-            part.unflatten(0, (count, length)).mean(1) if length else part.new_zeros(count, *part.shape[1:])
+            part.unflatten(0, (count, length)).mean(1, dtype=dtype)
+            if length
+            else part.new_zeros(count, *part.shape[1:], dtype=dtype)
             for part, (count, length) in zip(parts, groups, strict=True)
         ]
-        return torch.cat([self.values[:0], *means])
+        return torch.cat([self.values[:0].to(dtype or self.values.dtype), *means])

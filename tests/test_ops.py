@@ -7,6 +7,7 @@ import torch
 from helpers import assert_close
 
 from avfast.ops import info_nce, masked_patch_mse
+from avfast.ops.masked_patch_mse import normalise_patches
 
 
 @pytest.mark.parametrize("direction", ["both", "audio_to_visual", "visual_to_audio"])
@@ -49,8 +50,49 @@ def test_masked_patch_mse_is_the_formula(norm_pix):
     assert masked_patch_mse(prediction, patches, torch.zeros_like(mask)) == 0
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_of_half_precision_are_computed_in_float32(dtype, autocast):
+    """Nearly collapsed features, whose logits half precision cannot tell apart, against float64 of the same inputs."""
+    a, v = (torch.ones(2, 64, 32) + 0.02 * torch.randn(2, 64, 32)).to(dtype).unbind()
+    prediction, patches = (torch.randn(2, 3, 4, 64) + 5).to(dtype).unbind()
+    mask = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    calls = {
+        "info_nce": (lambda a, v: info_nce(a, v, 0.05).loss, (a, v)),
+        "mse": (lambda x, y: masked_patch_mse(x, y, mask), (prediction, patches)),
+        "plain mse": (lambda x, y: masked_patch_mse(x, y, mask, norm_pix=False), (prediction, patches)),
+        "deviation": (lambda x: normalise_patches(x)[2].sum(), (patches,)),
+    }
+    for name, (call, inputs) in calls.items():
+        inputs = [x.requires_grad_() for x in inputs]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got = call(*inputs)
+        want = call(*exact)
+        assert got.dtype == torch.float32, name
+        assert_close(name, got, want.float(), 1e-6)
+        bound = 1e-4 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps  # the gradient is rounded once
+        for x, y in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, exact), strict=True):
+            assert_close(f"gradient of {name}", x, y.float().to(x.dtype), bound)
+
+
 def test_errors_name_the_shapes():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
         info_nce(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="do not fit"):
         masked_patch_mse(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.ones(1, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: info_nce(x.int(), x), r"floating-point tensors, got torch\.int32 \(1, 2\)"),
+        (lambda x: info_nce(x, x, temperature=0.0), "temperature must be positive, got 0.0"),
+        (lambda x: info_nce(x, x, direction="sideways"), "direction must be one of both, .*got 'sideways'"),
+        (lambda x: masked_patch_mse(x[None], x[None], torch.ones(1, 1)), r"mask must be bool.*got torch\.float32"),
+        (lambda x: masked_patch_mse(x[None], x[None].long(), x[None, :, 0] > 0), "got torch.int64"),
+    ],
+)
+def test_errors_name_what_no_loss_can_take(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(1, 2))
