@@ -46,6 +46,30 @@ def permute_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     return _PermuteRows.apply(x, order, back)
 
 
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = x.shape[0]
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy(0, rows, grad), None
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]`` of distinct rows, whose gradient is therefore written and not added, which is deterministic."""
+    return _TakeRows.apply(x, rows)
+
+
+def other_rows(rows: Tensor, total: int) -> Tensor:
+    """``(total - R,)`` int64, ascending: what of ``0 .. total - 1`` is not among R distinct ``rows``; no host waits."""
+    free = torch.ones(total, dtype=torch.int8, device=rows.device).index_fill(0, rows, 0)
+    return free.argsort(descending=True, stable=True)[: total - rows.shape[0]]
+
+
 @dataclass(frozen=True)
 class PackedTokens:
     """S token sequences stored one after another.

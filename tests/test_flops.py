@@ -130,7 +130,12 @@ def _layer(tokens: int, dim: int, squares: int) -> int:
     return 2 * (12 * dim * dim * tokens + 2 * dim * squares)
 
 
-def _avsiam_flops(lengths: list[tuple[int, int]], backward: bool) -> int:
+def _last_layer(read: int, tokens: int, dim: int, squares: int) -> int:
+    """Of the tokens that are not read only keys and values: 2 of the 12 dim^2."""
+    return 2 * (10 * dim * dim * read + 2 * dim * dim * tokens + 2 * dim * squares)
+
+
+def _avsiam_flops(lengths: list[tuple[int, int]], backward: bool, training: bool = True) -> int:
     audio, visual = sum(a for a, _ in lengths), sum(v for _, v in lengths)
     tokens, batch, everything = audio + visual, len(lengths), NUM_AUDIO + NUM_VISUAL
     dim, width = AVSIAM["embed_dim"], AVSIAM["decoder_embed_dim"]
@@ -138,15 +143,18 @@ def _avsiam_flops(lengths: list[tuple[int, int]], backward: bool) -> int:
     encoder = AVSIAM["depth"] * _layer(tokens, dim, sum(a * a + v * v for a, v in lengths))
     contrast = 2 * (2 * batch * batch * dim)
     fusion = AVSIAM["fusion_depth"] * _layer(tokens, dim, sum((a + v) ** 2 for a, v in lengths))
-    decoder = AVSIAM["decoder_depth"] * _layer(batch * everything, width, batch * everything**2)
-    ends = 2 * tokens * dim * width + 2 * batch * width * PATCH * (NUM_AUDIO + 3 * NUM_VISUAL)
+    read_a, read_v = batch * NUM_AUDIO - audio * training, batch * NUM_VISUAL - visual * training
+    read, patches = read_a + read_v, batch * everything
+    decoder = (AVSIAM["decoder_depth"] - 1) * _layer(patches, width, patches * everything)
+    decoder += _last_layer(read, patches, width, read * everything)
+    ends = 2 * tokens * dim * width + 2 * width * PATCH * (read_a + 3 * read_v)
     rest = encoder + contrast + fusion + decoder + ends
     # Two more products per product in the backward pass, but nobody asks for the gradient of the pixels.
     return embed + rest + (embed + 2 * rest if backward else 0)
 
 
-def _avsiam_count(lengths: list[tuple[int, int]], backward: bool, device: str = "cpu") -> int:
-    model = AVSiam(**AVSIAM).to(device)
+def _avsiam_count(lengths: list[tuple[int, int]], backward: bool, device: str = "cpu", training: bool = True) -> int:
+    model = AVSiam(**AVSIAM).to(device).train(training)
     draws = Draws(
         audio_keep=[torch.randperm(NUM_AUDIO)[:a].sort().values for a, _ in lengths],
         visual_keep=[torch.randperm(NUM_VISUAL)[:v].sort().values for _, v in lengths],
@@ -165,6 +173,11 @@ def test_a_joint_step_of_avsiam_computes_its_kept_tokens_and_nothing_else(backwa
         padded = [list(pair) for pair in LENGTHS]
         padded[instance][modality] = max(pair[modality] for pair in LENGTHS)
         assert _avsiam_count(padded, backward, device) != pytest.approx(want, rel=1e-3)
+
+
+def test_a_joint_step_of_avsiam_in_evaluation_predicts_every_patch():
+    want = _avsiam_flops(LENGTHS, True, training=False)
+    assert _avsiam_count(LENGTHS, True, training=False) == want > 1.01 * _avsiam_flops(LENGTHS, True)
 
 
 @pytest.mark.parametrize("batch", [3, 6])

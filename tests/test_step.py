@@ -207,6 +207,36 @@ def test_multi_ratio_steps_compile_once_and_whole(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_last_block_of_masked_patches_alone_changes_no_loss_and_no_gradient(name):
+    """In training; in evaluation all are predicted. With instances that lack a modality or are of other lengths."""
+    batch = 5
+    model, data = create_model(name).double(), [x.double() for x in inputs(create_model(name), batch)]
+    model.set_grad_checkpointing(name != "cav_mae_tiny")
+    key = DrawKey(3, 1, range(batch), batch)
+    ragged = Draws([torch.randperm(5)[: 1 + i] for i in range(batch)], [torch.randperm(4)[:3]] * batch)
+    unmasked = Draws(*(torch.arange(x.num_patches).repeat(batch, 1) for x in (model.patch_embed_a, model.patch_embed)))
+    presences = (None, [i != 3 for i in range(batch)])
+    draws = [model.draw(batch, key=key, has_audio=has, branch=b) for b in model.branches for has in presences]
+    for drawn in (*draws, ragged, unmasked):
+        results = []
+        for training in (True, False):
+            model.train(training).zero_grad()
+            out = model(*data, drawn)
+            out.loss.backward()
+            results.append((out, [None if p.grad is None else p.grad.clone() for p in model.parameters()]))
+        (got, grads), (want, wanted) = results
+        assert_close("loss", got.loss, want.loss, 1e-12)
+        scale = max(x.abs().max().item() for x in wanted if x is not None)
+        for (parameter, _), a, b in zip(model.named_parameters(), grads, wanted, strict=True):
+            assert (a is None) == (b is None), parameter
+            if a is not None:
+                assert_close(parameter, a, b, 1e-9, scale)
+        for patches in want.reconstruction.values():
+            assert patches.shape[0] == batch
+        assert bool(got.reconstruction) == (bool(want.reconstruction) and drawn is unmasked)
+
+
 def test_every_step_has_the_same_signature_and_other_tokens():
     model = create_model("avsiam_tiny")
     first, second = (model.draw(BATCH, torch.Generator().manual_seed(seed)).to("cpu").layout for seed in (0, 1))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from avfast.masking import STRUCTURES, DrawKey, Kept, Structure, assign_ratios, check_ratio, keep_patches
 from avfast.models.draws import Draws, Keep, Layout, as_kept
 from avfast.nn import JointDecoder, PackedBlock, PatchEmbed, patchify, run_blocks, unpatchify
+from avfast.nn.block import Read
 from avfast.ops import AttentionPlan, info_nce, masked_patch_mse
 from avfast.ops.info_nce import InfoNCE
 from avfast.ops.masked_patch_mse import normalise_patches
@@ -30,7 +31,8 @@ class Output:
     Args:
         loss: scalar, weighted sum of ``losses``. In a distributed run the mean over processes is the global loss.
         losses: unweighted scalars: ``contrastive``, ``reconstruction_audio``, ``reconstruction_visual``.
-        reconstruction: predicted patches ``{"audio": (B, N, P), "visual": (B, N, P)}``, empty without that objective.
+        reconstruction: predicted patches ``{"audio": (B, N, P), "visual": (B, N, P)}`` of a model in evaluation mode;
+            empty without that objective, and in training, where only those that the loss reads are predicted.
         contrastive_accuracy: share of best matches that are the own pair, without gradient.
     """
 
@@ -278,8 +280,9 @@ class AudioVisualMAE(nn.Module):
             losses["contrastive"], accuracy = contrast.loss, contrast.accuracy
             loss = loss + self.contrastive_weight * contrast.loss
         if self.reconstruction_weight and branch != "contrastive":
-            reconstruction = self.reconstruct(a, v, layout)
-            terms = self.reconstruction_losses(reconstruction, spectrogram, visual, layout)
+            reconstruction, entries = self.reconstruct(a, v, layout)
+            terms = self.reconstruction_losses(reconstruction, entries, spectrogram, visual, layout)
+            reconstruction = {} if entries else reconstruction
             losses |= terms
             for term in terms.values():
                 loss = loss + self.reconstruction_weight * term
@@ -303,9 +306,22 @@ class AudioVisualMAE(nn.Module):
         return replace(draws, has_audio=has_a, has_visual=has_v)
 
     def reconstruction_losses(
-        self, reconstruction: dict[str, Tensor], spectrogram: Tensor, visual: Tensor, layout: Layout
+        self,
+        reconstruction: dict[str, Tensor],
+        entries: dict[str, Tensor],
+        spectrogram: Tensor,
+        visual: Tensor,
+        layout: Layout,
     ) -> dict[str, Tensor]:
-        """The terms ``reconstruction_audio`` and ``reconstruction_visual`` over the patches that were not kept."""
+        """The terms ``reconstruction_audio`` and ``reconstruction_visual`` over the patches that were not kept.
+
+        Args:
+            reconstruction: predictions ``(B, N, P)``, or ``(M, P)`` of the patches ``entries``.
+            entries: by modality, ``(M,)`` entries of the flattened (B, N) patches; empty where all are predicted.
+            spectrogram: ``(B, 1, mels, frames)``.
+            visual: ``(B, 3, H, W)``.
+            layout: which patches were kept.
+        """
         losses = {}
         for name, kept, target, present in (
             ("audio", layout.audio, patchify(spectrogram, self.patch_embed_a.patch_size), layout.present_audio),
@@ -314,7 +330,11 @@ class AudioVisualMAE(nn.Module):
             mask = kept.masked(target.shape[1])
             if present is not None:
                 mask = mask & present.bool()[:, None]
-            term = masked_patch_mse(reconstruction[name], target, mask, norm_pix=self.normalises(name))
+            predicted = reconstruction[name]
+            if entries:
+                target, mask = (x.flatten(0, 1)[entries[name]][None] for x in (target, mask))
+                predicted = predicted[None]
+            term = masked_patch_mse(predicted, target, mask, norm_pix=self.normalises(name))
             losses[f"reconstruction_{name}"] = term
         return losses
 
@@ -331,13 +351,22 @@ class AudioVisualMAE(nn.Module):
             pooled_a, pooled_v = pooled_a[layout.pairs], pooled_v[layout.pairs]
         return info_nce(pooled_a, pooled_v, self.temperature, self.contrastive_direction)
 
-    def reconstruct(self, a: Tensor, v: Tensor, layout: Layout) -> dict[str, Tensor]:
-        """Predicted patches of both modalities."""
+    def reconstruct(self, a: Tensor, v: Tensor, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Predicted patches of both modalities, and which they are, see :meth:`reconstruction_losses`."""
         if self.decoder is None:
             raise RuntimeError("this model was built without a decoder and cannot reconstruct")
         fused = self.fuse(layout.join(a, v), layout.plans["joined"])
-        audio, visual = self.decoder(fused, layout.places, layout.plans["dense"])
-        return {"audio": audio, "visual": visual}
+        if not self.predicts_masked_alone(layout, "read"):
+            audio, visual = self.decoder(fused, layout.places, layout.plans["dense"])
+            return {"audio": layout.batch_order(audio), "visual": layout.batch_order(visual)}, {}
+        rows, of_modality, entries = layout.masked()
+        read = Read(rows, layout.plans["read"])
+        audio, visual = self.decoder(fused, layout.places, layout.plans["dense"], read, of_modality)
+        return {"audio": audio, "visual": visual}, entries
+
+    def predicts_masked_alone(self, layout: Layout, *plans: str) -> bool:
+        """Whether the loss alone reads the predictions, and there are some."""
+        return self.training and all(name in layout.plans for name in plans)
 
     @property
     def has_unused_parameters(self) -> bool:

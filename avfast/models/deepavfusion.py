@@ -66,7 +66,7 @@ from avfast.models.base import AudioVisualMAE, Features, Output, init_weights
 from avfast.models.draws import Draws, Keep, as_kept
 from avfast.models.fusion_layout import FusionLayout, align, fused_layers, of_present
 from avfast.nn import PackedBlock, sincos_2d
-from avfast.nn.block import add
+from avfast.nn.block import Read, add
 from avfast.nn.fusion import ContextBlock, FusionArch, FusionBlock, Pending, Residual
 from avfast.nn.norm import add_norm
 from avfast.nn.patch_decoder import PatchDecoder
@@ -230,7 +230,7 @@ class DeepAVFusion(AudioVisualMAE):
             of_present(as_kept(draws.visual_keep, counts[1]), draws.has_visual),
         )
         layout = cast(FusionLayout, FusionLayout.of(kept_a, kept_v, counts, (draws.has_audio, draws.has_visual)))
-        return draws.with_layout(replace(layout, context=self.fusion_tokens.shape[1], counts=counts))
+        return draws.with_layout(replace(layout, context=self.fusion_tokens.shape[1]))
 
     # Encoder.
 
@@ -301,18 +301,24 @@ class DeepAVFusion(AudioVisualMAE):
         spectrogram, frames, draws = self.prepare(audio, visual, draws)
         layout = cast(FusionLayout, draws.layout)
         branches = self.run(spectrogram, frames, layout)
-        visible: dict[str, tuple] = {"audio": (), "visual": ()}
         if self.decoder_input == "all":
             a, v, tokens = self.finish(*branches)
-            visible = {"audio": (a, layout.audio), "visual": (v, layout.visual)}
+            visible: dict[str, Tensor | None] = {"audio": a, "visual": v}
         else:
-            tokens = self.fusion_norm(branches[2])
-        reconstruction = {
-            name: decoder(layout.in_batch_order(tokens), cast(dict, layout.plans)[name], *visible[name])
-            for name, decoder in self.decoders.items()
-        }
-        losses = self.reconstruction_losses(reconstruction, spectrogram, frames, layout)
-        return Output(losses["reconstruction_audio"] + losses["reconstruction_visual"], losses, reconstruction)
+            visible, tokens = {"audio": None, "visual": None}, self.fusion_norm(branches[2])
+        reconstruction, entries, plans = {}, {}, cast(dict, layout.plans)
+        alone = self.predicts_masked_alone(layout, "read_audio", "read_visual")
+        for name, kept, count in zip(("audio", "visual"), (layout.audio, layout.visual), layout.counts, strict=True):
+            kept, read = kept.renumbered(), None
+            if alone:
+                rows, entries[name] = layout.masked_of(kept, count)
+                read = Read(rows, plans[f"read_{name}"])
+            kept = None if visible[name] is None else kept
+            predicted = self.decoders[name](tokens, plans[name], visible[name], kept, read)
+            reconstruction[name] = predicted if alone else layout.batch_order(predicted)
+        losses = self.reconstruction_losses(reconstruction, entries, spectrogram, frames, layout)
+        loss = losses["reconstruction_audio"] + losses["reconstruction_visual"]
+        return Output(loss, losses, {} if alone else reconstruction)
 
     def normalises(self, modality: str) -> bool:
         return self.norm_pix_audio if modality == "audio" else self.norm_pix_visual
@@ -399,7 +405,7 @@ class DeepAVFusion(AudioVisualMAE):
         for index in self.fusion_layers:
             a, v, tokens = states[index]
             p, r = self.fusion_blocks[str(index)].weights(tokens, *self.sources(add(*a), add(*v), layout))
-            maps[index] = layout.in_batch_order(p), layout.in_batch_order(r)
+            maps[index] = layout.batch_order(p), layout.batch_order(r)
         return maps
 
     def trace(
@@ -418,7 +424,7 @@ class DeepAVFusion(AudioVisualMAE):
         """Tokens in batch order, those of a modality that was not given as None."""
         audio = self.in_batch_order(a, layout, "audio") if given_a else None
         visual = self.in_batch_order(v, layout, "visual") if given_v else None
-        return Features(audio, visual, layout.in_batch_order(tokens))
+        return Features(audio, visual, layout.batch_order(tokens))
 
     # Training machinery.
 

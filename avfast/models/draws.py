@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avfast.masking import Kept, spans
 from avfast.ops import AttentionPlan
-from avfast.packing import permute_rows
+from avfast.packing import other_rows, permute_rows
 from avfast.tensors import tensor_cache, to_device
 
 if TYPE_CHECKING:
@@ -21,9 +21,11 @@ Keep = Kept | Tensor | Sequence[Tensor]
 
 
 @tensor_cache
-def shared_plan(lengths: tuple[int, ...], device: torch.device) -> AttentionPlan:
+def shared_plan(
+    lengths: tuple[int, ...], device: torch.device, lengths_k: tuple[int, ...] | None = None
+) -> AttentionPlan:
     """A plan per lengths and device: multi-ratio masking asks for the same few at every step."""
-    return AttentionPlan.of(lengths, device=device)
+    return AttentionPlan.of(lengths, lengths_k, device)
 
 
 def as_kept(keep: Keep, num_patches: int | None = None) -> Kept:
@@ -59,27 +61,30 @@ class Layout:
         visual: kept visual patches.
         rows: batch row of each joined sequence [audio_i; visual_i], on the host; longest audio first.
         lengths: tokens of each joined sequence.
-        patches: Na + Nv.
+        counts: all audio and all visual patches, Na and Nv.
         order: ``(T,)`` row of [all audio; all visual] tokens for each row of the joined sequences.
         back: ``(T,)`` the inverse.
-        places: ``(T,)`` entry of the flattened (B, Na + Nv) patches for each row of the joined sequences.
+        places: ``(T,)`` entry of the flattened (B, Na + Nv) patches, instances in the order of the joined sequences,
+            for each row of these.
+        instances: ``(B,)`` the batch rows ``rows``.
         pairs: batch rows that have both modalities; None for all.
         present_audio: ``(B,)`` 1 where an instance has audio; None for all.
         present_visual: likewise.
         equal: all instances keep the same number of audio and the same number of visual patches.
         index: the int64 tensor that holds all others.
-        plans: of the lengths audio + visual (``"both"``), ``"audio"``, ``"visual"``, joined (``"joined"``) and of all
-            patches joined (``"dense"``).
+        plans: of the lengths audio + visual (``"both"``), ``"audio"``, ``"visual"``, joined (``"joined"``), of all
+            patches joined (``"dense"``), and of the masked ones as queries of all (``"read"``), where there are any.
     """
 
     audio: Kept
     visual: Kept
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
-    patches: int
+    counts: tuple[int, int]
     order: Tensor
     back: Tensor
     places: Tensor
+    instances: Tensor
     pairs: Tensor | None
     present_audio: Tensor | None
     present_visual: Tensor | None
@@ -112,9 +117,11 @@ class Layout:
         sources = spans(starts, joined)
         inverse = np.empty_like(sources)
         inverse[sources] = np.arange(len(sources))
-        order, back = (torch.tensor(x, device=audio.ids.device) for x in (sources, inverse))
+        order, back, rank, instances = (
+            torch.tensor(x, device=audio.ids.device) for x in (sources, inverse, rows.argsort(), rows)
+        )
         total = sum(patches)
-        places = torch.cat([audio.rows * total + audio.ids, visual.rows * total + patches[0] + visual.ids])[order]
+        places = [rank[audio.rows] * total + audio.ids, rank[visual.rows] * total + patches[0] + visual.ids]
         pairs = ((lengths[0] > 0) & (lengths[1] > 0)).nonzero()[0].tolist()
         optional = (
             pairs if len(pairs) < len(audio) else None,
@@ -122,8 +129,8 @@ class Layout:
         )
         rare = [None if x is None else torch.tensor(x, dtype=torch.int64, device=order.device) for x in optional]
         return cls(
-            audio, visual, tuple(rows.tolist()), tuple(joined.reshape(-1, 2).sum(1).tolist()), total,
-            order, back, places, rare[0], rare[1], rare[2],
+            audio, visual, tuple(rows.tolist()), tuple(joined.reshape(-1, 2).sum(1).tolist()), patches,
+            order, back, torch.cat(places)[order], instances, rare[0], rare[1], rare[2],
             equal=len({*audio.lengths}) == len({*visual.lengths}) == 1,
         )  # fmt: skip
 
@@ -140,8 +147,34 @@ class Layout:
             "audio": self.audio.lengths,
             "visual": self.visual.lengths,
             "joined": self.lengths,
-            "dense": (self.patches,) * len(self.audio),
+            "dense": (sum(self.counts),) * len(self.audio),
         }
+
+    def read_lengths(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The queries and keys of each of ``plans`` for a last block that computes masked patches alone."""
+        total = sum(self.counts)
+        return {"read": (tuple(total - n for n in self.lengths), (total,) * len(self.lengths))}
+
+    def masked(self) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
+        """The patches that were not kept, with shapes that no length of the host decides.
+
+        Returns:
+            Their rows ``(M,)`` in the flattened (B, Na + Nv) patches, instances in the order of the joined sequences;
+            which of these rows are audio and which are visual; by modality, the patches they are: entries of the
+            flattened (B, N) ones in batch order.
+        """
+        (count_a, count_v), batch = self.counts, self.instances.shape[0]
+        rows = other_rows(self.places, batch * (count_a + count_v))
+        patch, instance = rows % (count_a + count_v), self.instances[rows // (count_a + count_v)]
+        sorted_rows = (patch >= count_a).to(torch.int8).argsort(stable=True)
+        masked_a = batch * count_a - self.audio.ids.shape[0]
+        a, v = sorted_rows[:masked_a], sorted_rows[masked_a:]
+        entries = (instance * count_a + patch)[a], (instance * count_v + patch - count_a)[v]
+        return rows, (a, v), {"audio": entries[0], "visual": entries[1]}
+
+    def batch_order(self, x: Tensor) -> Tensor:
+        """``(B, ...)`` in the order of the joined sequences, sorted by batch row; all equal, they are."""
+        return x if self.equal else x[self.instances.argsort()]
 
     def to(self, device: torch.device | str) -> Layout:
         """On a device, with plans there; one copy for all index tensors."""
@@ -149,7 +182,7 @@ class Layout:
         a, v = self.audio, self.visual
         parts = (
             a.ids, a.rows, a.inverse, v.ids, v.rows, v.inverse, self.order, self.back, self.places,
-            self.pairs, self.present_audio, self.present_visual,
+            self.instances, self.pairs, self.present_audio, self.present_visual,
         )  # fmt: skip
         given = [x for x in parts if x is not None]
         index = to_device(torch.cat(given), device)
@@ -160,10 +193,17 @@ class Layout:
             audio=Kept(moved[0], moved[1], moved[2], a.lengths, a.order),
             visual=Kept(moved[3], moved[4], moved[5], v.lengths, v.order),
             **dict(
-                zip(("order", "back", "places", "pairs", "present_audio", "present_visual"), moved[6:], strict=True)
+                zip(
+                    ("order", "back", "places", "instances", "pairs", "present_audio", "present_visual"),
+                    moved[6:],
+                    strict=True,
+                )
             ),
             index=index,
-            plans={name: shared_plan(n, device) for name, n in self.plan_lengths().items()},
+            plans={
+                **{name: shared_plan(n, device) for name, n in self.plan_lengths().items()},
+                **{name: shared_plan(q, device, k) for name, (q, k) in self.read_lengths().items() if any(q)},
+            },
         )
 
     def join(self, audio: Tensor, visual: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from avfast.masking import Kept
 from avfast.models.draws import Layout, longest_first
 from avfast.nn.fusion import TokenLayout
+from avfast.packing import other_rows
 from avfast.tensors import tensor_cache
 
 
@@ -45,13 +46,11 @@ class FusionLayout(Layout):
 
     Args:
         context: fusion tokens.
-        counts: all audio and all visual patches.
         tokens_audio: packing of the kept audio tokens, once on a device.
         tokens_visual: likewise.
     """
 
     context: int = 0
-    counts: tuple[int, int] = (0, 0)
     tokens_audio: TokenLayout | None = None
     tokens_visual: TokenLayout | None = None
 
@@ -59,6 +58,29 @@ class FusionLayout(Layout):
         """Of the decoders, ``"audio"`` and ``"visual"``: fusion tokens and all patches."""
         counts = zip(("audio", "visual"), self.counts, strict=True)
         return {name: (self.context + count,) * len(self.audio) for name, count in counts}
+
+    def read_lengths(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Of the last blocks of the decoders, ``"read_audio"`` and ``"read_visual"``."""
+        sides = (("read_audio", self.audio, self.counts[0]), ("read_visual", self.visual, self.counts[1]))
+        return {
+            name: (tuple(count - n for n in kept.lengths), (self.context + count,) * len(kept))
+            for name, kept, count in sides
+        }
+
+    def masked_of(self, kept: Kept, count: int) -> tuple[Tensor, Tensor]:
+        """The patches of one modality that were not kept.
+
+        Args:
+            kept: those that were, instances numbered in the order of their packing.
+            count: all of an instance.
+
+        Returns:
+            Their rows ``(M,)`` among the fusion tokens and patches of all instances in that order, and which entries of
+            the flattened ``(B, count)`` patches in batch order they are.
+        """
+        rows = other_rows(kept.flat(count), self.instances.shape[0] * count)
+        place = rows // count
+        return rows + (place + 1) * self.context, self.instances[place] * count + rows % count
 
     def to(self, device: torch.device | str) -> FusionLayout:
         """On a device, with plans there."""
@@ -68,10 +90,6 @@ class FusionLayout(Layout):
             tokens_audio=shared_tokens(self.audio.lengths, self.context, device),
             tokens_visual=shared_tokens(self.visual.lengths, self.context, device),
         )
-
-    def in_batch_order(self, x: Tensor) -> Tensor:
-        """``(B, ...)`` per packed instance, per batch row; where all lengths are equal these are the same."""
-        return x if self.equal else x[self.audio.inverse]
 
 
 def of_present(kept: Kept, present: Sequence[bool] | None) -> Kept:

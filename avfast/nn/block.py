@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,23 @@ from torch.utils.checkpoint import checkpoint
 
 from avfast.nn.drop_path import DropPath
 from avfast.nn.norm import add_norm, apply_norm, layer_norm
-from avfast.ops import AttentionPlan, packed_attention_qkv
+from avfast.ops import AttentionPlan, packed_attention, packed_attention_qkv
+from avfast.packing import take_rows
 
 Stream = Tensor | tuple[Tensor, Tensor | None]
 """The residual stream, or the stream and an update that is not yet added to it."""
+
+
+class Read(NamedTuple):
+    """The tokens whose output is read of the last block; of the others it computes keys and values alone.
+
+    Args:
+        rows: ``(M,)`` int64 rows of the stream, sequence by sequence.
+        plan: of their queries, and of the keys of all rows.
+    """
+
+    rows: Tensor
+    plan: AttentionPlan
 
 
 class PackedAttention(nn.Module):
@@ -40,6 +54,15 @@ class PackedAttention(nn.Module):
         """``(T, D) -> (T, D)``; the plan holds the sequence lengths."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         return self.proj(packed_attention_qkv(qkv, plan=plan).flatten(1))
+
+    def attend(self, x: Tensor, source: Tensor, plan: AttentionPlan) -> Tensor:
+        """Queries of ``(M, D)`` over keys and values of ``(T, D)``, to ``(M, D)``."""
+        parts = [x.shape[1], 2 * x.shape[1]]
+        weight_q, weight_kv = self.qkv.weight.split(parts)
+        bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(parts)
+        q = F.linear(x, weight_q, bias_q).unflatten(1, (self.num_heads, self.head_dim))
+        kv = F.linear(source, weight_kv, bias_kv).unflatten(1, (2, self.num_heads, self.head_dim))
+        return self.proj(packed_attention(q, kv[:, 0], kv[:, 1], plan=plan).flatten(1))
 
 
 class Mlp(nn.Module):
@@ -108,6 +131,7 @@ class PackedBlock(nn.Module):
         plan: AttentionPlan,
         sizes: Sequence[int] = (),
         drop: DropPath | None = None,
+        read: Read | None = None,
     ) -> Stream:
         """One block.
 
@@ -116,14 +140,20 @@ class PackedBlock(nn.Module):
             plan: the sequence lengths.
             sizes: rows of each norm set; needed with several only.
             drop: which sequences each branch is computed for, see :class:`~avfast.nn.DropPath`.
+            read: the rows to compute, default all; not together with ``drop`` or several norm sets.
 
         Returns:
-            ``(T, D)`` for a tensor, a pair for a pair.
+            ``(T, D)`` for a tensor, a pair for a pair; of M rows ``(M, D)``.
         """
         stream, update = x if isinstance(x, tuple) else (x, None)
         if drop is None:
             normed, stream = add_norm(self.norm1, stream, update, sizes)
-            normed, stream = add_norm(self.norm2, stream, self.ls1(self.attn(normed, plan)), sizes)
+            if read is None:
+                attended = self.attn(normed, plan)
+            else:
+                attended = self.attn.attend(take_rows(normed, read.rows), normed, read.plan)
+                stream = take_rows(stream, read.rows)
+            normed, stream = add_norm(self.norm2, stream, self.ls1(attended), sizes)
             update = self.ls2(self.mlp(normed))
         else:
             stream, update = self.on_kept_sequences(add(stream, update), drop), None
@@ -145,13 +175,14 @@ def add(x: Tensor, update: Tensor | None) -> Tensor:
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
+    blocks: Sequence[nn.Module] | nn.ModuleList,
     x: Tensor,
     plan: AttentionPlan,
     sizes: Sequence[int] = (),
     recompute: bool = False,
     drops: Sequence[DropPath] | None = None,
     norm: nn.Module | None = None,
+    read: Read | None = None,
 ) -> Tensor:
     """Packed tokens ``(T, D)`` through blocks.
 
@@ -163,16 +194,18 @@ def run_blocks(
         recompute: keep one tensor per block for the backward and compute the rest again.
         drops: stochastic depth of each block; default none.
         norm: final norm, done in one pass with the last addition; default none.
+        read: the rows whose output is wanted, default all.
 
     Returns:
-        ``(T, D)``.
+        ``(T, D)``, or ``(M, D)``.
     """
     pair: tuple[Tensor, Tensor | None] = (x, None)
     for i, block in enumerate(blocks):
         drop = None if drops is None else drops[i]
+        wanted = read if i == len(blocks) - 1 else None
         if recompute and torch.is_grad_enabled():
             whole = (add(*pair), None)
-            pair = checkpoint(block, whole, plan, sizes, drop, use_reentrant=False, preserve_rng_state=False)
+            pair = checkpoint(block, whole, plan, sizes, drop, wanted, use_reentrant=False, preserve_rng_state=False)
         else:
-            pair = block(pair, plan, sizes, drop)
+            pair = block(pair, plan, sizes, drop, wanted)
     return add(*pair) if norm is None else add_norm(norm, *pair, sizes)[0]

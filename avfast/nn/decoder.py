@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from avfast.nn.block import PackedBlock, run_blocks
+from avfast.nn.block import PackedBlock, Read, run_blocks
 from avfast.nn.pos_embed import sincos_2d
 from avfast.ops import AttentionPlan
+from avfast.packing import take_rows
 
 
 class JointDecoder(nn.Module):
@@ -60,21 +61,34 @@ class JointDecoder(nn.Module):
         self.pred_a = nn.Linear(decoder_dim, audio_patch)
         self.pred_v = nn.Linear(decoder_dim, visual_patch)
 
-    def forward(self, tokens: Tensor, places: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        tokens: Tensor,
+        places: Tensor,
+        plan: AttentionPlan,
+        read: Read | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Decode.
 
         Args:
             tokens: ``(T, D)`` fused tokens of the kept patches of B instances.
             places: ``(T,)`` int64 entry of each in the flattened (B, Na + Nv) patches, audio first.
             plan: of B sequences of Na + Nv patches.
+            read: the patches whose prediction is wanted; default all.
+            rows: which of these are audio, ``(Ma,)``, and which visual, ``(Mv,)``.
 
         Returns:
-            Predictions ``(B, Na, Pa)`` and ``(B, Nv, Pv)`` for all patches.
+            Predictions ``(B, Na, Pa)`` and ``(B, Nv, Pv)`` for all patches, ``(Ma, Pa)`` and ``(Mv, Pv)`` for those
+            that are read.
         """
         shape = (len(plan), self.num_audio + self.num_visual)
         tokens = self.embed(tokens)
         x = self.mask_token.to(tokens.dtype).expand(*shape, -1).flatten(0, 1).index_copy(0, places, tokens)
         positions = torch.cat([self.pos_embed_a + self.modality_a, self.pos_embed_v + self.modality_v], 1)
         x = (x.unflatten(0, shape) + positions).flatten(0, 1)
-        x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing, norm=self.norm).unflatten(0, shape)
+        x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing, norm=self.norm, read=read)
+        if rows is not None:
+            return self.pred_a(take_rows(x, rows[0])), self.pred_v(take_rows(x, rows[1]))
+        x = x.unflatten(0, shape)
         return self.pred_a(x[:, : self.num_audio]), self.pred_v(x[:, self.num_audio :])

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from avfast.nn.block import Mlp, PackedAttention
 from avfast.nn.norm import add_norm
-from avfast.ops import AttentionPlan, packed_attention
+from avfast.ops import AttentionPlan
 from avfast.ops._autocast import autocast_dtype
 from avfast.ops.pair_attention import pair_attention, pair_weights
 from avfast.packing import cumulative, runs
@@ -108,18 +108,9 @@ class ContextBlock(nn.Module):
         if context is None:
             attended = self.attn(normed, layout.alone)
         else:
-            attended = self.attend(normed, layout, self.norm1(context))
+            attended = self.attn.attend(normed, layout.prepend(self.norm1(context), normed), layout.with_context)
         normed, stream = add_norm(self.norm2, before, attended, ())
         return before, (stream, self.mlp(normed))
-
-    def attend(self, x: Tensor, layout: TokenLayout, context: Tensor) -> Tensor:
-        """Attention of the tokens to the context and to themselves, all normalised."""
-        qkv, dim = self.attn.qkv, x.shape[1]
-        weight_q, weight_kv = qkv.weight.split([dim, 2 * dim])
-        bias_q, bias_kv = qkv.bias.split([dim, 2 * dim])
-        q = F.linear(x, weight_q, bias_q).unflatten(1, (self.attn.num_heads, -1))
-        kv = F.linear(layout.prepend(context, x), weight_kv, bias_kv).unflatten(1, (2, self.attn.num_heads, -1))
-        return self.attn.proj(packed_attention(q, kv[:, 0], kv[:, 1], plan=layout.with_context).flatten(1))
 
 
 class CrossAttention(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from avfast.masking import Kept
-from avfast.nn.block import PackedBlock, run_blocks
+from avfast.nn.block import PackedBlock, Read, run_blocks
 from avfast.nn.pos_embed import sincos_2d
 from avfast.ops import AttentionPlan
 
@@ -53,7 +53,12 @@ class PatchDecoder(nn.Module):
         self.grad_checkpointing = False
 
     def forward(
-        self, further: Tensor, plan: AttentionPlan, tokens: Tensor | None = None, kept: Kept | None = None
+        self,
+        further: Tensor,
+        plan: AttentionPlan,
+        tokens: Tensor | None = None,
+        kept: Kept | None = None,
+        read: Read | None = None,
     ) -> Tensor:
         """Decode.
 
@@ -62,9 +67,10 @@ class PatchDecoder(nn.Module):
             plan: B sequences of F + N tokens.
             tokens: ``(T, D)`` of the kept patches, or None: mask tokens stand at every position.
             kept: which patches they are.
+            read: the M tokens whose prediction is wanted; default all patches.
 
         Returns:
-            ``(B, N, P)`` predictions for all patches.
+            ``(B, N, P)`` predictions for all patches, or ``(M, P)``.
         """
         batch, count = further.shape[:2]
         embedded = self.embed(further.flatten(0, 1) if tokens is None else torch.cat([further.flatten(0, 1), tokens]))
@@ -74,5 +80,7 @@ class PatchDecoder(nn.Module):
             x = x.unflatten(0, (batch, self.num_patches))
         front = embedded[: batch * count].unflatten(0, (batch, count))
         x = torch.cat([front, x + self.pos_embed], 1).flatten(0, 1)
-        x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing)
+        x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing, read=read)
+        if read is not None:
+            return self.pred(self.norm(x))
         return self.pred(self.norm(x.unflatten(0, (batch, count + self.num_patches))[:, count:]))
