@@ -44,7 +44,7 @@ def test_fine_tuned_logits_and_features_equal_the_released_ones(released):
 
 def test_pre_training_pass_equals_the_released_one(released):
     tol = TOLERANCE[released.dtype]
-    model = CAVMAE.from_released(released.state("pretrain")).to(released.dtype)
+    model = CAVMAE.from_released(released.state("pretrain")).to(released.dtype).eval()
     audio, image = released.input("pt_audio"), released.input("pt_image")
     draws = Draws(released.ids("pt_keep_audio"), released.ids("pt_keep_visual"))
     with torch.set_grad_enabled(released.whole):
