@@ -231,7 +231,7 @@ class AVSiam(AudioVisualMAE):
     def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
         return self.run_blocks(self.fusion, joined, plan)
 
-    def reconstruct(self, a: Tensor, v: Tensor, layout: Layout) -> dict[str, Tensor]:
+    def reconstruct(self, a: Tensor, v: Tensor, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self.stop_gradient:
             a, v = a.detach(), v.detach()
         return super().reconstruct(a, v, layout)

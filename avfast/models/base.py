@@ -273,7 +273,9 @@ class AudioVisualMAE(nn.Module):
         spectrogram, visual, draws = self.prepare(audio, visual, draws)
         layout, branch = draws.layout, draws.branch
         a, v = self.unimodal(spectrogram, visual, layout, branch)
-        losses, reconstruction, accuracy = {}, {}, None
+        losses: dict[str, Tensor] = {}
+        reconstruction: dict[str, Tensor] = {}
+        accuracy = None
         loss = spectrogram.new_zeros((), dtype=torch.promote_types(spectrogram.dtype, torch.float32))
         if self.contrastive_weight and branch != "reconstruction":
             contrast = self.contrast(a, v, layout)

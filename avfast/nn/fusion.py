@@ -222,8 +222,8 @@ class PairAttention(nn.Module):
 
     def project(self, x: Tensor, audio: Tensor, visual: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Queries, and keys and values of each modality, all split into heads."""
-        v, a = linear_halves(visual, audio, self.kv.weight)
-        a, v = ([split_heads(y, self.num_heads) for y in kv.split(self.widths, -1)] for kv in (a, v))
+        kv_v, kv_a = linear_halves(visual, audio, self.kv.weight)
+        a, v = ([split_heads(y, self.num_heads) for y in kv.split(self.widths, -1)] for kv in (kv_a, kv_v))
         return split_heads(self.q(x), self.num_heads), a, v
 
 
