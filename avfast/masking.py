@@ -293,15 +293,13 @@ class Kept:
         inverse = torch.tensor(places.argsort(), device=self.ids.device)
         return Kept(self.ids[index], self.rows[index], inverse, tuple(lengths.tolist()), tuple(order))
 
-    def renumbered(self) -> Kept:
-        """The same patches of a batch in the order of this packing."""
-        count = self.inverse.shape[0]
-        places = torch.arange(count, device=self.ids.device)
-        return Kept(self.ids, self.inverse[self.rows], places, self.lengths, tuple(range(len(self))))
-
     def flat(self, num_patches: int) -> Tensor:
         """``(T,)`` entries of the flattened (B, num_patches) patch list."""
         return self.rows * num_patches + self.ids
+
+    def packed_flat(self, num_patches: int) -> Tensor:
+        """``(T,)`` entries of the flattened (B, num_patches) patches of the instances in the order they are packed."""
+        return self.inverse[self.rows] * num_patches + self.ids
 
     def masked(self, num_patches: int) -> Tensor:
         """``(B, num_patches)`` bool: True where a patch is not kept."""

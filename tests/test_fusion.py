@@ -199,7 +199,7 @@ def test_a_decoder_puts_mask_tokens_where_nothing_was_kept():
     further, tokens = draw(2, 4), draw(4)
     kept = Kept.pack([torch.tensor([4]), torch.tensor([5, 0, 2])])
     plan = AttentionPlan.of((10, 10))
-    got = decoder(further, plan, tokens, kept)
+    got = decoder(further, plan, tokens, kept.flat(6))
     for row, ids in enumerate(kept.to_list()):
         x = decoder.mask_token[0].expand(6, -1).clone()
         own = tokens[:3] if row else tokens[3:]
@@ -210,7 +210,7 @@ def test_a_decoder_puts_mask_tokens_where_nothing_was_kept():
             x = layer(x, AttentionPlan.of((10,)))
         assert_close("prediction", got[row], decoder.pred(decoder.norm(x))[4:], 1e-12)
     blind = decoder(further, plan)
-    nowhere = Kept.pack([torch.zeros(0, dtype=torch.int64)] * 2)
+    nowhere = torch.zeros(0, dtype=torch.int64)
     assert_close("without tokens", blind, decoder(further, plan, draw(0), nowhere), 1e-12)
     assert not decoder.pos_embed.requires_grad
     assert PatchDecoder(DIM, 16, 1, 2, (2, 3), 7, train_positions=True).pos_embed.requires_grad

@@ -308,12 +308,12 @@ class DeepAVFusion(AudioVisualMAE):
             visible, tokens = {"audio": None, "visual": None}, self.fusion_norm(branches[2])
         reconstruction, entries, plans = {}, {}, cast(dict, layout.plans)
         alone = self.predicts_masked_alone(layout, "read_audio", "read_visual")
-        for name, packed, count in zip(("audio", "visual"), (layout.audio, layout.visual), layout.counts, strict=True):
-            kept, read = packed.renumbered(), None
+        for name, kept, count in zip(("audio", "visual"), (layout.audio, layout.visual), layout.counts, strict=True):
+            places, read = kept.packed_flat(count), None
             if alone:
-                rows, entries[name] = layout.masked_of(kept, count)
+                rows, entries[name] = layout.masked_of(places, count)
                 read = Read(rows, plans[f"read_{name}"])
-            seen = (None, None) if visible[name] is None else (visible[name], kept)
+            seen = (None, None) if visible[name] is None else (visible[name], places)
             predicted = self.decoders[name](tokens, plans[name], *seen, read)
             reconstruction[name] = predicted if alone else layout.batch_order(predicted)
         losses = self.reconstruction_losses(reconstruction, entries, spectrogram, frames, layout)

@@ -67,18 +67,18 @@ class FusionLayout(Layout):
             for name, kept, count in sides
         }
 
-    def masked_of(self, kept: Kept, count: int) -> tuple[Tensor, Tensor]:
+    def masked_of(self, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The patches of one modality that were not kept.
 
         Args:
-            kept: those that were, instances numbered in the order of their packing.
-            count: all of an instance.
+            places: of those that were among the patches of all instances, see :meth:`Kept.packed_flat`.
+            count: patches of an instance.
 
         Returns:
             Their rows ``(M,)`` among the fusion tokens and patches of all instances in that order, and which entries of
             the flattened ``(B, count)`` patches in batch order they are.
         """
-        rows = other_rows(kept.flat(count), self.instances.shape[0] * count)
+        rows = other_rows(places, self.instances.shape[0] * count)
         place = rows // count
         return rows + (place + 1) * self.context, self.instances[place] * count + rows % count
 

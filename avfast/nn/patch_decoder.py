@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from avfast.masking import Kept
 from avfast.nn.block import PackedBlock, Read, run_blocks
 from avfast.nn.pos_embed import sincos_2d
 from avfast.ops import AttentionPlan
@@ -57,7 +56,7 @@ class PatchDecoder(nn.Module):
         further: Tensor,
         plan: AttentionPlan,
         tokens: Tensor | None = None,
-        kept: Kept | None = None,
+        places: Tensor | None = None,
         read: Read | None = None,
     ) -> Tensor:
         """Decode.
@@ -66,7 +65,7 @@ class PatchDecoder(nn.Module):
             further: ``(B, F, D)``.
             plan: B sequences of F + N tokens.
             tokens: ``(T, D)`` of the kept patches, or None: mask tokens stand at every position.
-            kept: which patches they are.
+            places: ``(T,)`` int64 entry of each in the flattened (B, N) patches.
             read: the M tokens whose prediction is wanted; default all patches.
 
         Returns:
@@ -75,8 +74,8 @@ class PatchDecoder(nn.Module):
         batch, count = further.shape[:2]
         embedded = self.embed(further.flatten(0, 1) if tokens is None else torch.cat([further.flatten(0, 1), tokens]))
         x = self.mask_token.to(embedded.dtype).expand(batch, self.num_patches, -1)
-        if kept is not None:
-            x = x.flatten(0, 1).index_copy(0, kept.flat(self.num_patches), embedded[batch * count :])
+        if places is not None:
+            x = x.flatten(0, 1).index_copy(0, places, embedded[batch * count :])
             x = x.unflatten(0, (batch, self.num_patches))
         front = embedded[: batch * count].unflatten(0, (batch, count))
         x = torch.cat([front, x + self.pos_embed], 1).flatten(0, 1)
