@@ -42,6 +42,27 @@ def test_every_dtype(dtype, lengths):
     assert_right(got, inputs, weight, lengths, lengths, 0.25)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("lengths, keys, rest", [([7] * 3, [7] * 3, 0), ([2] * 3, [9] * 3, 0), ([4] * 2, [4] * 2, 1)])
+def test_a_plan_of_equal_lengths(lengths, keys, rest, dtype, autocast):
+    """One dense call on the CPU, but where rows are left over."""
+    inputs, weight = draw(lengths, keys, 2, 16, dtype, rest=rest)
+    plan = AttentionPlan.of(lengths, None if lengths == keys else keys)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        got = outcome(lambda *x: packed_attention(*x, plan=plan), inputs, weight)
+    assert got[0].dtype == (autocast or dtype) and got[0].is_contiguous()
+    if autocast in (None, dtype):
+        assert_right(got, inputs, weight, lengths, keys, 0.25)
+    if lengths == keys and autocast is None:
+        qkv = torch.stack([x.detach() for x in inputs], 1).requires_grad_()
+        out = packed_attention_qkv(qkv, plan=plan)
+        assert torch.equal(out, got[0])
+        (grad,) = torch.autograd.grad((out * weight.to(out.dtype)).sum(), qkv)
+        for a, b in zip(grad.unbind(1), got[1:], strict=True):
+            assert_close("gradient", a, b, 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
 def test_the_formula_for_other_devices_equals_the_one_for_cpus(monkeypatch):
     from avfast.ops import _attention_reference as reference
 

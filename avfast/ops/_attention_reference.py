@@ -75,13 +75,14 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names.get(dtype, ()))
 
 
-def _working_dtype(x: Tensor) -> torch.dtype:
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What attention on ``x`` is computed in: half precision only where the CPU has matrix units for it."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if half and not (x.device.type == "cpu" and _multiplies(x.dtype)) else x.dtype
 
 
 def _prepared(*tensors: Tensor) -> list[Tensor]:
-    dtype = _working_dtype(tensors[0])
+    dtype = working_dtype(tensors[0])
     return [x.to(dtype) if x.stride(-1) == 1 else x.to(dtype).contiguous() for x in tensors]
 
 

@@ -7,8 +7,10 @@ of a sequence without keys give zeros, in outputs and gradients.
 Operators: ``avfast::packed_attention`` and ``avfast::packed_attention_qkv`` (one packed ``(T, 3, H, D)`` input whose
 gradient is written in place of a stack), each with its ``_backward``. The eager bodies run anywhere and group sequences
 of equal length; on CUDA devices Triton kernels run, deterministic in both directions. A library that ``AVFAST_BACKEND``
-names takes the place of the operators, with its own autograd (:mod:`avfast.ops._attention_libraries`). ``torch.func``
-transforms do not go through custom operators, and there is no second derivative.
+names takes the place of the operators, with its own autograd (:mod:`avfast.ops._attention_libraries`). On the CPU
+sequences of which a plan says that all are equally long are a dense batch for one call of PyTorch's own attention: it
+costs the host less than an operator. ``torch.func`` transforms do not go through custom operators, and there is no
+second derivative.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from avfast import backend
@@ -338,6 +341,24 @@ def _scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else scale
 
 
+def _is_dense(plan: AttentionPlan, q: Tensor, k: Tensor) -> bool:
+    """Whether the packed tokens are a dense batch for PyTorch's attention on the CPU; a compiled step reads no length
+    of the host, so that one serves all."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or backend.get_backend() not in ("auto", "reference"):
+        return False
+    host = plan.host
+    return host is not None and host.equal and 0 < host.total_q == q.shape[0] and 0 < host.total_k == k.shape[0]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
+    dtype = reference.working_dtype(q)
+    if dtype != q.dtype:
+        with torch.autocast("cpu", enabled=False):
+            return _dense(q.to(dtype), k.to(dtype), v.to(dtype), sequences, scale).to(q.dtype)
+    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
+
+
 def packed_attention(
     q: Tensor,
     k: Tensor,
@@ -382,6 +403,8 @@ def packed_attention(
     library = backend.get_backend()
     if library in backend.ATTENTION_LIBRARIES:
         return libraries.attend(library, q, k, v, p, scale)
+    if _is_dense(p, q, k):
+        return _dense(q, k, v, len(p), scale)
     return _op(q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, p.work, p.max_seqlen_q, p.max_seqlen_k, scale)[0]
 
 
@@ -413,7 +436,8 @@ def packed_attention_qkv(
     p = _plan(plan, qkv, qkv, cu_seqlens, None, max_seqlen, None)
     scale = _scale(scale, qkv.shape[-1])
     library = backend.get_backend()
-    if library in backend.ATTENTION_LIBRARIES:
+    dense = _is_dense(p, qkv, qkv)
+    if dense or library in backend.ATTENTION_LIBRARIES:
         q, k, v = qkv.unbind(1)
-        return libraries.attend(library, q, k, v, p, scale)
+        return _dense(q, k, v, len(p), scale) if dense else libraries.attend(library, q, k, v, p, scale)
     return _op_qkv(qkv, p.cu_seqlens_q, p.work, p.max_seqlen_q, scale)[0]

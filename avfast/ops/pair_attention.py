@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avfast import backend
 from avfast.ops import _attention_reference as reference
 from avfast.ops._attention_kernels import on_kernels
 from avfast.ops._autocast import autocast_dtype
