@@ -106,7 +106,11 @@ def forward(
     for group in found:
         part, part_lse = dense(group.dense(q), group.dense(k, True), group.dense(v, True), scale)
         out[group.rows_q] = group.packed(part).to(out.dtype)
-        lse[:, group.rows_q] = part_lse.transpose(0, 1).flatten(1)
+        part_lse = part_lse.transpose(0, 1)
+        if isinstance(group.rows_q, slice):
+            lse[:, group.rows_q].view(part_lse.shape).copy_(part_lse)
+        else:
+            lse[:, group.rows_q] = part_lse.flatten(1)
     return out, lse
 
 
