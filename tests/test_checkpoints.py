@@ -177,7 +177,7 @@ def test_a_fixed_table_tells_its_grid_and_decoders_are_resized(cav_mae_state):
     state["decoder_pos_embed_a"] = sincos_2d(512, (4, 64))[None]
     model = CAVMAE.from_released(state)
     assert model.audio_size == (1024, 64)
-    model = CAVMAE.from_released(state, audio_size=(256, 64), img_size=112)
+    model = CAVMAE.from_released(state, audio_size=(256, 64), img_size=112).eval()
     assert torch.equal(model.pos_embed_a[0], sincos_2d(768, (4, 16)))
     assert torch.equal(model.decoder.pos_embed_a[0], sincos_2d(512, (4, 16)))
     out = model(torch.zeros(1, 256, 64), torch.zeros(1, 3, 112, 112))
