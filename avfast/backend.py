@@ -10,13 +10,21 @@ other op runs as under ``auto``.
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
+
+from avfast.kernels import support
 
 ATTENTION_LIBRARIES = ("varlen", "flash_attn", "flash_attn_4", "xformers", "cudnn")
 BACKENDS = ("auto", "reference", "triton", *ATTENTION_LIBRARIES)
+try:
+    _HAS_TRITON = find_spec("triton") is not None  # here, as a search for a package cannot be traced
+except ImportError:  # by an import hook
+    _HAS_TRITON = False
 
 
 def _checked(name: str, origin: str) -> str:
@@ -43,11 +51,6 @@ def get_backend() -> str:
     return _backend
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def which(device: torch.device) -> str:
     """``reference`` or ``triton``: what an op with both runs on tensors of this device.
 
@@ -57,9 +60,38 @@ def which(device: torch.device) -> str:
     if _backend == "reference":
         return "reference"
     if _backend == "triton":
-        if not _has_triton():
+        if not _HAS_TRITON:
             raise RuntimeError("AVFAST_BACKEND=triton: Triton is not installed (pip install triton)")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(f"AVFAST_BACKEND=triton: needs a CUDA device or TRITON_INTERPRET=1, got {device}")
         return "triton"
-    return "triton" if device.type == "cuda" and _has_triton() else "reference"
+    return "triton" if device.type == "cuda" and _HAS_TRITON else "reference"
+
+
+def use_kernels(op: str, *tensors: Tensor) -> bool:
+    """Whether ``avfast.kernels.<op>`` runs on these tensors, and not the eager body: the one question of every op.
+
+    Under ``auto`` the eager bodies take what the kernels do not: float64 and, with a warning, large head dimensions.
+
+    Args:
+        op: name of the op.
+        tensors: those whose dtype, and in attention whose head dimension, decide; all on one device.
+
+    Raises:
+        RuntimeError: ``triton`` was asked for and cannot run on the device.
+        ValueError: ``triton`` was asked for and does not take such tensors.
+    """
+    device = tensors[0].device
+    if device.type == "meta" or which(device) == "reference":
+        return False
+    refusal = support.refusal(op, *tensors)
+    if refusal is not None and _backend == "triton":
+        raise ValueError(f"{refusal}; AVFAST_BACKEND=auto and reference take any")
+    if refusal is not None and tensors[0].dtype in support.DTYPES:
+        _warn_once(refusal)
+    return refusal is None
+
+
+@cache
+def _warn_once(refusal: str) -> None:
+    warnings.warn(f"{refusal}: this runs without kernels, and is slower so", stacklevel=3)

@@ -1,4 +1,4 @@
-"""What the kernels share: dtypes, the split of a head's columns, and launch conventions."""
+"""What the kernels share: the split of a head's columns, tiles, and launch conventions."""
 
 from __future__ import annotations
 
@@ -8,26 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD_DIMS = (16, 32, 64, 80, 128)
-"""Head dimensions of models in use: what the ahead-of-time checks compile. Any from 1 to ``MOST_COLUMNS`` runs."""
-MOST_COLUMNS = 128
-
-
-def supports(*tensors: Tensor) -> bool:
-    """Whether the attention kernels take these head dimensions (the last ones) and dtypes."""
-    return all(1 <= x.shape[-1] <= MOST_COLUMNS and x.dtype in DTYPES for x in tensors)
-
-
-def check(op: str, *tensors: Tensor) -> None:
-    """Raises ValueError where :func:`supports` says no."""
-    if not supports(*tensors):
-        dims = ", ".join(str(x.shape[-1]) for x in tensors)
-        raise ValueError(
-            f"the Triton kernels of {op} take head dimensions up to {MOST_COLUMNS} in float32, float16 and bfloat16, "
-            f"got {dims} in {tensors[0].dtype}; AVFAST_BACKEND=auto and reference take any"
-        )
 
 
 def block_of(columns: int) -> int:

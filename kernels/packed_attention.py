@@ -25,15 +25,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from avfast.kernels.common import DTYPES, HEAD_DIMS, supports, unit_stride
+from avfast.kernels.common import unit_stride
 from avfast.kernels.packed_attention_backward import packed_dkv_kernel, packed_dq_kernel, packed_whole_kernel
 from avfast.kernels.packed_tiles import clear_rows, item, last_full, load, multiply_add, products, store, zeros
+from avfast.kernels.support import DTYPES, HEAD_DIMS
 from avfast.kernels.work_lists import ROWS, SPARE
 from torch import Tensor
 
 from avfast.kernels import common
-
-__all__ = ["KERNELS", "TABLE", "Tile", "backward", "candidates", "constants", "forward", "override", "supports", "tile"]
 
 
 @triton.jit
@@ -292,7 +291,6 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, end_q: Tensor, work: Work, scale: float, out: Tensor, lse: Tensor
 ) -> None:
     """Writes ``out`` ``(Tq, H, D)`` and the natural log-sum-exp ``(H, Tq)``, rows beyond ``end_q`` included."""
-    common.check("packed_attention", q)
     q, k, v = map(unit_stride, (q, k, v))
     _launch("forward", (q, k, v, out, lse), (end_q,), (q, k, v, out), (len(q),), scale, work, EACH, True)
 
@@ -313,7 +311,6 @@ def backward_parts(
     work_q: Work, work_k: Work, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> dict[str, Callable[[], None]]:  # fmt: skip
     """The launches of :func:`backward` per kernel, in their order."""
-    common.check("packed_attention", q)
     grad, q, k, v = map(unit_stride, (grad, q, k, v))
     parts: dict[str, Callable[[], None]] = {}
     whole = tile("whole", q.shape[-1], q.dtype, "tiny") is not None

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from avfast.kernels.common import DTYPES, HEAD_DIMS, block_of, load_tile, store_tile, unit_stride
+from avfast.kernels.common import block_of, load_tile, store_tile, unit_stride
+from avfast.kernels.support import DTYPES, HEAD_DIMS
 from torch import Tensor
 
 from avfast.kernels import common
@@ -321,7 +322,6 @@ def forward(
     bias: Tensor | None, scale: float, out: Tensor, lse_a: Tensor, lse_v: Tensor,
 ) -> None:  # fmt: skip
     """Writes ``out`` ``(B, H, F, Dv)`` and the natural log-sum-exp ``(B, H, F)`` of either side."""
-    common.check("pair_attention", q, v_a)
     q, k_a, v_a, k_v, v_v = map(unit_stride, (q, k_a, v_a, k_v, v_v))
     (kind_a, n_a, keys_a), (kind_v, n_v, keys_v) = _known(k_a, keys_a), _known(k_v, keys_v)
     shift, bias_strides = (q, (0, 0)) if bias is None else (bias, bias.stride())
@@ -341,7 +341,6 @@ def backward(
     dk_v: Tensor, dv_v: Tensor,
 ) -> None:  # fmt: skip
     """Writes all gradients, zeros included."""
-    common.check("pair_attention", q, v_a)
     grad, q, k_a, v_a, k_v, v_v = map(unit_stride, (grad, q, k_a, v_a, k_v, v_v))
     (kind_a, n_a, keys_a), (kind_v, n_v, keys_v) = _known(k_a, keys_a), _known(k_v, keys_v)
     grads = (dk_a, dv_a, dk_v, dv_v)

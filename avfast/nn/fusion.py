@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from avfast.nn.block import Mlp, PackedAttention
 from avfast.nn.norm import add_norm
 from avfast.ops import AttentionPlan
-from avfast.ops._autocast import autocast_dtype
+from avfast.ops._shared import autocast_dtype
 from avfast.ops.pair_attention import pair_attention, pair_weights
 from avfast.packing import cumulative, runs
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avfast import backend
-from avfast.ops._autocast import autocast_dtype
+from avfast.ops._shared import autocast_dtype, register_autograd
 
 
 def add_layer_norm(
@@ -55,8 +55,8 @@ def add_layer_norm(
         raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit x {tuple(x.shape)}")
     sizes = check_sizes(sizes, weight.shape[0], x.shape[0])
     dtype = autocast_dtype(x)
-    if not (x.is_cuda or backend.get_backend() == "triton"):
-        # Elsewhere a custom operator costs more host time than it saves.
+    if not backend.use_kernels("add_layer_norm", x, residual):
+        # Without kernels an operator costs more host time than it saves.
         return _composed(x, residual, weight, bias, sizes, eps, dtype)
     normed, total, _, _ = _forward(x, residual, weight, bias, sizes, eps, dtype)
     return normed, total
@@ -88,10 +88,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _on_triton(*tensors: Tensor) -> bool:
-    return backend.which(tensors[0].device) == "triton" and all(t.dtype != torch.float64 for t in tensors)
-
-
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
@@ -101,7 +97,7 @@ def _forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, sizes: list[int], eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """normed, sum, mean (T,) and 1 / deviation (T,)."""
-    if _on_triton(x, residual):
+    if backend.use_kernels("add_layer_norm", x, residual):
         from avfast.kernels import add_layer_norm as kernels
 
         return kernels.forward(x, residual, weight, bias, sizes, eps, dtype)
@@ -136,7 +132,7 @@ def _backward(
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of the residual (empty where x's serves: same dtype), and of weight and bias."""
-    if _on_triton(total):
+    if backend.use_kernels("add_layer_norm", total):
         from avfast.kernels import add_layer_norm as kernels
 
         return kernels.backward(grad_normed, grad_total, total, weight, mean, rstd, sizes, x_dtype, residual_dtype)
@@ -187,9 +183,4 @@ def _differentiate(ctx: Any, grad_normed: Tensor, grad_total: Tensor, *_: Any) -
     return grad_x, grad_residual, grad_weight, grad_bias, None, None, None
 
 
-def _refuse(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("add_layer_norm has no second derivative (double backward)")
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+register_autograd("add_layer_norm", _forward, _backward, _differentiate, _save)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avfast.distributed import all_sum, gather_rows, world_size
-from avfast.ops._autocast import at_least_float32, without_autocast
+from avfast.ops._shared import at_least_float32, without_autocast
 
 Direction = Literal["both", "audio_to_visual", "visual_to_audio"]
 DIRECTIONS = get_args(Direction)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from avfast.distributed import all_sum, world_size
-from avfast.ops._autocast import at_least_float32
+from avfast.ops._shared import at_least_float32
 
 
 def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:

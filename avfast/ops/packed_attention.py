@@ -15,8 +15,9 @@ second derivative.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from avfast import backend
 from avfast.kernels.work_lists import blocks_per_sequence, most_items, work_lists
 from avfast.ops import _attention_libraries as libraries
 from avfast.ops import _attention_reference as reference
-from avfast.ops._attention_kernels import on_kernels
+from avfast.ops._shared import autocast_dtype, logit_scale, register_autograd, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +188,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, work: list[Tensor], max_q: int, max_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
-        if not on_kernels(q):
+    with without_autocast(q):
+        if not backend.use_kernels("packed_attention", q):
             return reference.forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, scale)
         from avfast.kernels import packed_attention as kernels
 
@@ -202,8 +203,8 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
     work: list[Tensor], max_q: int, max_k: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
-        if not on_kernels(q):
+    with without_autocast(q):
+        if not backend.use_kernels("packed_attention", q):
             reference.backward(grad, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, scale, dq, dk, dv)
             return
         from avfast.kernels import packed_attention as kernels
@@ -304,22 +305,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     return (*grads, *nothing[3:])
 
 
-def _refuse(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("packed_attention has no second derivative (double backward)")
-
-
-_op.register_autograd(_differentiate, setup_context=_save)
-_op_qkv.register_autograd(_differentiate, setup_context=_save)
-_op_backward.register_autograd(_refuse)
-_op_qkv_backward.register_autograd(_refuse)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """In the dtype that autocast prescribes for matrix products."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+register_autograd("packed_attention", _op, _op_backward, _differentiate, _save)
+register_autograd("packed_attention", _op_qkv, _op_qkv_backward, _differentiate, _save)
 
 
 def _plan(
@@ -335,25 +322,26 @@ def _plan(
     return plan if plan.cu_seqlens_q.device == q.device else plan.to(q.device)
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    return head_dim**-0.5 if scale is None else scale
-
-
-def _is_dense(plan: AttentionPlan, q: Tensor, k: Tensor) -> bool:
-    """Whether the packed tokens are a dense batch for PyTorch's attention on the CPU; a compiled step reads no length
-    of the host, so that one serves all."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or backend.get_backend() not in ("auto", "reference"):
-        return False
+def _alternative(q: Tensor, k: Tensor, plan: AttentionPlan, scale: float) -> Callable[..., Tensor] | None:
+    """What takes the operator's place on (q, k, v): the library that is named, or on the CPU PyTorch's own attention
+    where packed tokens are a dense batch."""
+    library = backend.get_backend()
+    if library in backend.ATTENTION_LIBRARIES:
+        return partial(libraries.attend, library, plan=plan, scale=scale)
     host = plan.host
-    return host is not None and host.equal and 0 < host.total_q == q.shape[0] and 0 < host.total_k == k.shape[0]
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or host is None or not host.equal:
+        return None  # a compiled step reads no length of the host, so that one serves all
+    if not 0 < host.total_q == q.shape[0] or not 0 < host.total_k == k.shape[0]:
+        return None
+    if backend.use_kernels("packed_attention", q):
+        return None
+    return partial(_dense, sequences=len(plan), scale=scale)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
     dtype = reference.working_dtype(q)
     if dtype != q.dtype:
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(q):
             return _dense(q.to(dtype), k.to(dtype), v.to(dtype), sequences, scale).to(q.dtype)
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
@@ -395,16 +383,14 @@ def packed_attention(
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(f"q, k, v must be (T, H, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     p = _plan(plan, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    scale = _scale(scale, q.shape[-1])
-    library = backend.get_backend()
-    if library in backend.ATTENTION_LIBRARIES:
-        return libraries.attend(library, q, k, v, p, scale)
-    if _is_dense(p, q, k):
-        return _dense(q, k, v, len(p), scale)
+    scale = logit_scale(scale, q.shape[-1])
+    run = _alternative(q, k, p, scale)
+    if run is not None:
+        return run(q, k, v)
     return _op(q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, p.work, p.max_seqlen_q, p.max_seqlen_k, scale)[0]
 
 
@@ -432,12 +418,10 @@ def packed_attention_qkv(
         raise ValueError(f"qkv must be (T, 3, H, D), got {tuple(qkv.shape)}")
     if plan is not None and plan.cu_seqlens_k is not None:
         raise ValueError("packed_attention_qkv needs a plan of one set of lengths, got one with lengths_k")
-    qkv = _autocast(qkv)
+    qkv = qkv.to(autocast_dtype(qkv))
     p = _plan(plan, qkv, qkv, cu_seqlens, None, max_seqlen, None)
-    scale = _scale(scale, qkv.shape[-1])
-    library = backend.get_backend()
-    dense = _is_dense(p, qkv, qkv)
-    if dense or library in backend.ATTENTION_LIBRARIES:
-        q, k, v = qkv.unbind(1)
-        return _dense(q, k, v, len(p), scale) if dense else libraries.attend(library, q, k, v, p, scale)
+    scale = logit_scale(scale, qkv.shape[-1])
+    run = _alternative(qkv, qkv, p, scale)
+    if run is not None:
+        return run(*qkv.unbind(1))
     return _op_qkv(qkv, p.cu_seqlens_q, p.work, p.max_seqlen_q, scale)[0]

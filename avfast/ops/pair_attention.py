@@ -33,8 +33,7 @@ from torch import Tensor
 
 from avfast import backend
 from avfast.ops import _attention_reference as reference
-from avfast.ops._attention_kernels import on_kernels
-from avfast.ops._autocast import autocast_dtype
+from avfast.ops._shared import autocast_dtype, logit_scale, register_autograd, without_autocast
 
 
 def pair_attention(
@@ -96,8 +95,8 @@ def pair_attention(
         except RuntimeError as e:
             want = (q.shape[1], v_a.shape[-1])
             raise ValueError(f"bias_v must broadcast to (H, Dv) = {want}, got {tuple(bias_v.shape)}") from e
-    scale = _scale(scale, q)
-    if _is_dense(q, k_a, k_v, keys_a, keys_v):
+    scale = logit_scale(scale, q.shape[-1])
+    if _is_dense(q, k_a, k_v, v_a, keys_a, keys_v):
         return _dense(q, ((k_a, v_a), (k_v, v_v)), bias_v, scale)
     return _op(q, k_a, v_a, keys_a, k_v, v_v, keys_v, bias_v, scale)[0]
 
@@ -131,18 +130,13 @@ def pair_weights(
         tokens have weight 0; packed keys are padded with zeros to the longest sequence.
     """
     q, a, v = _checked(q, (k_a, k_a, mask_a, cu_seqlens_a), (k_v, k_v, mask_v, cu_seqlens_v))
-    with torch.autocast(q.device.type, enabled=False):
-        return _weights(q, a[0], a[2], _scale(scale, q)), _weights(q, v[0], v[2], _scale(scale, q))
+    scale = logit_scale(scale, q.shape[-1])
+    with without_autocast(q):
+        return _weights(q, a[0], a[2], scale), _weights(q, v[0], v[2], scale)
 
 
 Side = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _scale(scale: float | None, q: Tensor) -> float:
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _checked(q: Tensor, a: Side, v: Side) -> tuple[Tensor, tuple, tuple]:
@@ -190,16 +184,16 @@ def _checked_side(
     return k, v, cu_seqlens if mask is None else mask
 
 
-def _is_dense(q: Tensor, k_a: Tensor, k_v: Tensor, keys_a: Tensor | None, keys_v: Tensor | None) -> bool:
+def _is_dense(q: Tensor, k_a: Tensor, k_v: Tensor, v: Tensor, keys_a: Tensor | None, keys_v: Tensor | None) -> bool:
     """Whether PyTorch's attention on the CPU computes both sides; in float64 the formula written out is more exact."""
     if q.device.type != "cpu" or q.dtype == torch.float64 or not keys_a is keys_v is None:
         return False
-    return bool(k_a.shape[2] or k_v.shape[2]) and backend.which(q.device) == "reference"
+    return bool(k_a.shape[2] or k_v.shape[2]) and not backend.use_kernels("pair_attention", q, v)
 
 
 def _dense(q: Tensor, sides: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, scale: float) -> Tensor:
     if q.dtype != torch.float32:
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(q):
             sides = [(k.float(), v.float()) for k, v in sides]
             return _dense(q.float(), sides, None if bias is None else bias.float(), scale).to(q.dtype)
     reads = [F.scaled_dot_product_attention(q, k, v, scale=scale) for k, v in sides if k.shape[2]]
@@ -216,8 +210,8 @@ def _op(
 
     ``keys_*`` is what is known of a side's keys: a bool mask ``(B, N)``, the int32 boundaries of packed keys, or None.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        if not on_kernels(q, v_a):
+    with without_autocast(q):
+        if not backend.use_kernels("pair_attention", q, v_a):
             return _reference(q, k_a, v_a, keys_a, k_v, v_v, keys_v, bias, scale)
         from avfast.kernels import pair_attention as kernels
 
@@ -232,8 +226,8 @@ def _op_backward(
     keys_v: Tensor | None, lse_a: Tensor, lse_v: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k_a, v_a, k_v, v_v."""
-    with torch.autocast(q.device.type, enabled=False):
-        if not on_kernels(q, v_a):
+    with without_autocast(q):
+        if not backend.use_kernels("pair_attention", q, v_a):
             return _reference_backward(grad, q, k_a, v_a, keys_a, k_v, v_v, keys_v, lse_a, lse_v, scale)
         from avfast.kernels import pair_attention as kernels
 
@@ -290,12 +284,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     return q, k_a, v_a, None, k_v, v_v, None, bias, None
 
 
-def _refuse(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("pair_attention has no second derivative (double backward)")
-
-
-_op.register_autograd(_differentiate, setup_context=_save)
-_op_backward.register_autograd(_refuse)
+register_autograd("pair_attention", _op, _op_backward, _differentiate, _save)
 
 
 class _Part(NamedTuple):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avfast import backend
-from avfast.ops._autocast import autocast_dtype
+from avfast.ops._shared import autocast_dtype, register_autograd
 
 
 def patch_embed_kept(images: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def patch_embed_kept(images: Tensor, weight: Tensor, bias: Tensor | None, rows: 
 
 def gather_patches(images: Tensor, rows: Tensor, patch_size: int) -> Tensor:
     """``(T, C p p)`` pixels of the patches that ``rows`` names, see :func:`patch_embed_kept`."""
-    if not (images.is_cuda or backend.get_backend() == "triton"):
+    if not backend.use_kernels("patch_embed_kept", images):
         return _composed(images, rows, patch_size)
     return _gather(images, rows, patch_size, autocast_dtype(images))
 
@@ -67,7 +67,7 @@ def _composed(images: Tensor, rows: Tensor, patch_size: int) -> Tensor:
 
 @torch.library.custom_op("avfast::gather_patches", mutates_args=())
 def _gather(images: Tensor, rows: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
-    if backend.which(images.device) == "triton" and torch.float64 not in (images.dtype, dtype):
+    if backend.use_kernels("patch_embed_kept", images):
         from avfast.kernels import patch_embed_kept as kernels
 
         return kernels.gather(images, rows, patch_size, dtype)
@@ -108,4 +108,4 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _scatter(grad, ctx.saved_tensors[0], ctx.shape, ctx.patch_size, ctx.dtype), None, None, None
 
 
-_gather.register_autograd(_differentiate, setup_context=_save)
+register_autograd("patch_embed_kept", _gather, _scatter, _differentiate, _save)

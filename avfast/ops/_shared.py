@@ -1,11 +1,14 @@
-"""What autocast means for an op."""
+"""What ops share: what autocast means for them, the scale of logits, and their derivatives."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -33,3 +36,26 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
             raise ValueError(f"a loss is computed from floating-point tensors, got {x.dtype} {tuple(x.shape)}")
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype
+
+
+def logit_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of attention's logits, ``head_dim ** -0.5`` unless given.
+
+    Raises:
+        ValueError: when it is not positive.
+    """
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    return head_dim**-0.5 if scale is None else scale
+
+
+def register_autograd(
+    name: str, op: CustomOpDef, backward: CustomOpDef, differentiate: Callable, setup_context: Callable
+) -> None:
+    """Gives an operator its derivative; that of its backward is an error that names the op."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{name} has no second derivative (double backward)")
+
+    op.register_autograd(differentiate, setup_context=setup_context)
+    backward.register_autograd(refuse)

@@ -1,0 +1,22 @@
+"""What the kernels take. Needs no Triton, so that dispatch may ask it anywhere, compiled regions included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = (16, 32, 64, 80, 128)
+"""Head dimensions of models in use: what the ahead-of-time checks compile. Any from 1 to ``MOST_COLUMNS`` runs."""
+MOST_COLUMNS = 128
+ATTENTION = ("packed_attention", "pair_attention")
+
+
+def refusal(op: str, *tensors: Tensor) -> str | None:
+    """Why the kernels of an op do not take these tensors, None where they do; of attention those that have the head
+    dimensions of queries and of values last."""
+    dims = [x.shape[-1] for x in tensors] if op in ATTENTION else []
+    if all(x.dtype in DTYPES for x in tensors) and all(1 <= n <= MOST_COLUMNS for n in dims):
+        return None
+    limit, got = (f"head dimensions up to {MOST_COLUMNS} in ", f"{', '.join(map(str, dims))} in ") if dims else ("", "")
+    return f"the Triton kernels of {op} take {limit}float32, float16 and bfloat16, got {got}{tensors[0].dtype}"
