@@ -99,77 +99,20 @@ class PackedTokens:
         """Sequence boundaries ``(S + 1,)`` int32 on the device of ``values``."""
         return cumulative(self.lengths, self.values.device)
 
-    @property
-    def max_length(self) -> int:
-        """Length of the longest sequence, 0 if there is none."""
-        return max(self.lengths, default=0)
-
     def __len__(self) -> int:
         """Number of sequences S."""
         return len(self.lengths)
 
-    @classmethod
-    def from_list(cls, sequences: Sequence[Tensor]) -> PackedTokens:
-        """Pack a list of ``(n_i, ...)`` tensors that agree in all but the first dimension."""
-        if not sequences:
-            raise ValueError("from_list needs at least one sequence; it may be empty, of shape (0, D)")
-        return cls(torch.cat(list(sequences)), tuple(s.shape[0] for s in sequences))
-
     def to_list(self) -> list[Tensor]:
         """The sequences as a list of ``(n_i, ...)`` views."""
         return list(self.values.split(list(self.lengths)))
-
-    @classmethod
-    def from_padded(cls, padded: Tensor, mask: Tensor) -> PackedTokens:
-        """Pack the rows of ``padded`` ``(B, N, ...)`` where ``mask`` ``(B, N)`` bool is True.
-
-        Reads the lengths from the mask, so it waits for the device.
-        """
-        if mask.shape != padded.shape[:2] or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask must be bool of shape {tuple(padded.shape[:2])}, got {mask.dtype} of {tuple(mask.shape)}"
-            )
-        return cls(padded[mask], tuple(mask.sum(1).tolist()))
-
-    def to_padded(self, value: float = 0.0) -> tuple[Tensor, Tensor]:
-        """``(B, N, ...)`` filled up with ``value`` to the longest sequence, and the mask ``(B, N)`` of real tokens."""
-        steps = torch.arange(self.max_length, device=self.values.device)
-        mask = steps < torch.tensor(self.lengths, device=self.values.device)[:, None]
-        shape = (len(self), self.max_length, *self.values.shape[1:])
-        padded = self.values.new_full(shape, value)
-        return padded.masked_scatter(mask.view(*mask.shape, *[1] * (self.values.ndim - 1)), self.values), mask
-
-    @classmethod
-    def from_nested(cls, nested: Tensor) -> PackedTokens:
-        """From a jagged ``torch.nested`` tensor; reads its lengths, so it waits for the device."""
-        if not (nested.is_nested and nested.layout == torch.jagged):
-            raise ValueError("from_nested takes a nested tensor with layout=torch.jagged")
-        return cls.from_list(list(nested.unbind()))
-
-    def to_nested(self) -> Tensor:
-        """A jagged ``torch.nested`` tensor over the same values."""
-        return torch.nested.nested_tensor_from_jagged(self.values, offsets=self.cu_seqlens.long())
-
-    @classmethod
-    def cat(cls, parts: Sequence[PackedTokens]) -> PackedTokens:
-        """All sequences of all parts, one after another."""
-        return cls(torch.cat([p.values for p in parts]), tuple(n for p in parts for n in p.lengths))
-
-    def split(self, counts: Sequence[int]) -> list[PackedTokens]:
-        """Undo :meth:`cat`: ``counts`` sequences each. ``counts`` must add up to S."""
-        if sum(counts) != len(self):
-            raise ValueError(f"counts {tuple(counts)} add up to {sum(counts)}, but there are {len(self)} sequences")
-        bounds = [0, *accumulate(counts)]
-        lengths = [self.lengths[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-        values = self.values.split([sum(part) for part in lengths])
-        return [PackedTokens(v, part) for v, part in zip(values, lengths, strict=True)]
 
     def select(self, order: Sequence[int]) -> PackedTokens:
         """The sequences with the given numbers, in that order."""
         if tuple(order) == tuple(range(len(self))):
             return self
         parts = self.to_list()
-        return PackedTokens.from_list([parts[i] for i in order])
+        return PackedTokens(torch.cat([parts[i] for i in order]), tuple(self.lengths[i] for i in order))
 
     def mean(self, dtype: torch.dtype | None = None) -> Tensor:
         """Mean of each sequence, ``(S, ...)``, in the dtype of ``values`` or a given one; an empty one gives zeros."""

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close
 from torch import nn
 
-from avfast.nn import DropPath, KeptSequences, LayerScale, Mlp, PackedAttention, PackedBlock, SplitLayerNorm, run_blocks
+from avfast.nn import DropPath, KeptSequences, Mlp, PackedAttention, PackedBlock, SplitLayerNorm, run_blocks
 from avfast.ops import AttentionPlan
 
 LENGTHS = (5, 1, 7, 3)
@@ -19,21 +19,20 @@ def randomised(module: nn.Module) -> nn.Module:
     return module
 
 
-def timm_block(**settings) -> nn.Module:
+def timm_block() -> nn.Module:
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
     norm = partial(nn.LayerNorm, eps=1e-6)
-    return randomised(vision_transformer.Block(48, 3, qkv_bias=True, norm_layer=norm, **settings))
+    return randomised(vision_transformer.Block(48, 3, qkv_bias=True, norm_layer=norm))
 
 
 def one_by_one(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([block(part[None])[0] for part in x.split(LENGTHS)])
 
 
-@pytest.mark.parametrize("settings", [{}, {"init_values": 0.1}])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_weights_of_timm_blocks_load_and_give_their_output_and_gradients(settings, recompute):
-    theirs = [timm_block(**settings) for _ in range(3)]
-    ours = nn.ModuleList(PackedBlock(48, 3, **settings) for _ in theirs)
+def test_weights_of_timm_blocks_load_and_give_their_output_and_gradients(recompute):
+    theirs = [timm_block() for _ in range(3)]
+    ours = nn.ModuleList(PackedBlock(48, 3) for _ in theirs)
     for own, block in zip(ours, theirs, strict=True):
         own.load_state_dict(block.state_dict())
     x = torch.randn(sum(LENGTHS), 48, requires_grad=True)
@@ -82,11 +81,6 @@ def test_every_norm_set_serves_its_own_rows():
         SplitLayerNorm(16)(x, (16,))
     with pytest.raises(ValueError, match="add up to 15 rows, there are 16"):
         SplitLayerNorm(16)(x, (8, 7))
-
-
-def test_layer_scale_starts_where_it_is_told():
-    scale = LayerScale(4, 0.25)
-    assert torch.equal(scale(torch.ones(2, 4)), torch.full((2, 4), 0.25))
 
 
 # Stochastic depth.

@@ -1,6 +1,6 @@
 """Modules over :mod:`avfast.ops`, with timm's argument and parameter names."""
 
-from avfast.nn.block import LayerScale, Mlp, PackedAttention, PackedBlock, run_blocks
+from avfast.nn.block import Mlp, PackedAttention, PackedBlock, run_blocks
 from avfast.nn.decoder import JointDecoder
 from avfast.nn.drop_path import DropPath, KeptSequences
 from avfast.nn.fusion import ContextBlock, CrossAttention, FusionBlock, PairAttention, TokenLayout
@@ -16,7 +16,6 @@ __all__ = [
     "FusionBlock",
     "JointDecoder",
     "KeptSequences",
-    "LayerScale",
     "Mlp",
     "PackedAttention",
     "PackedBlock",

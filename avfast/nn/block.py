@@ -78,18 +78,6 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class LayerScale(nn.Module):
-    """Multiplies each channel by a learnt ``gamma``, at first ``init_values``."""
-
-    def __init__(self, dim: int, init_values: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., D) -> (..., D)``."""
-        return x * self.gamma
-
-
 class PackedBlock(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), on packed tokens.
 
@@ -104,7 +92,6 @@ class PackedBlock(nn.Module):
         norm_sets: affine sets of the LayerNorms; with 1 they are plain ``nn.LayerNorm`` and the block has the parameter
             names of timm's.
         eps: of the LayerNorms.
-        init_values: start of the LayerScale of both branches; without it there is none.
     """
 
     def __init__(
@@ -115,15 +102,12 @@ class PackedBlock(nn.Module):
         qkv_bias: bool = True,
         norm_sets: int = 1,
         eps: float = 1e-6,
-        init_values: float | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = layer_norm(dim, norm_sets, eps)
         self.attn = PackedAttention(dim, num_heads, qkv_bias)
-        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.norm2 = layer_norm(dim, norm_sets, eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
 
     def forward(
         self,
@@ -153,8 +137,8 @@ class PackedBlock(nn.Module):
             else:
                 attended = self.attn.attend(take_rows(normed, read.rows), normed, read.plan)
                 stream = take_rows(stream, read.rows)
-            normed, stream = add_norm(self.norm2, stream, self.ls1(attended), sizes)
-            update = self.ls2(self.mlp(normed))
+            normed, stream = add_norm(self.norm2, stream, attended, sizes)
+            update = self.mlp(normed)
         else:
             stream, update = self.on_kept_sequences(add(stream, update), drop), None
         return (stream, update) if isinstance(x, tuple) else add(stream, update)
@@ -163,10 +147,10 @@ class PackedBlock(nn.Module):
         """The block with each branch computed for its kept sequences and scaled up."""
         kept = drop.attention
         normed = apply_norm(self.norm1, x[kept.rows], kept.sizes)
-        x = kept.add_to(x, self.ls1(self.attn(normed, kept.plan)))
+        x = kept.add_to(x, self.attn(normed, kept.plan))
         kept = drop.mlp
         normed = apply_norm(self.norm2, x[kept.rows], kept.sizes)
-        return kept.add_to(x, self.ls2(self.mlp(normed)))
+        return kept.add_to(x, self.mlp(normed))
 
 
 def add(x: Tensor, update: Tensor | None) -> Tensor:
