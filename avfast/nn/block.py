@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avfast.nn.drop_path import DropPath
-from avfast.nn.norm import add_norm, apply_norm, layer_norm
+from avfast.nn.norm import Norm, add_norm, apply_norm, layer_norm
 from avfast.ops import AttentionPlan, packed_attention, packed_attention_qkv
 from avfast.packing import take_rows
 
@@ -165,7 +165,7 @@ def run_blocks(
     sizes: Sequence[int] = (),
     recompute: bool = False,
     drops: Sequence[DropPath] | None = None,
-    norm: nn.Module | None = None,
+    norm: Norm | None = None,
     read: Read | None = None,
 ) -> Tensor:
     """Packed tokens ``(T, D)`` through blocks.

@@ -43,17 +43,20 @@ class SplitLayerNorm(nn.Module):
         return f"{self.dim}, sets={self.sets}, eps={self.eps}"
 
 
-def layer_norm(dim: int, sets: int, eps: float) -> nn.Module:
+Norm = nn.LayerNorm | SplitLayerNorm
+
+
+def layer_norm(dim: int, sets: int, eps: float) -> Norm:
     """A plain LayerNorm for one affine set, else a :class:`SplitLayerNorm`."""
     return nn.LayerNorm(dim, eps=eps) if sets == 1 else SplitLayerNorm(dim, sets, eps)
 
 
-def apply_norm(norm: nn.Module, x: Tensor, sizes: Sequence[int]) -> Tensor:
+def apply_norm(norm: Norm, x: Tensor, sizes: Sequence[int]) -> Tensor:
     """Call either kind."""
     return norm(x, sizes) if isinstance(norm, SplitLayerNorm) else norm(x)
 
 
-def add_norm(norm: nn.Module, x: Tensor, update: Tensor | None, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def add_norm(norm: Norm, x: Tensor, update: Tensor | None, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """``norm(x + update)`` and ``x + update`` for either kind; no update counts as zero."""
     if update is None:
         return apply_norm(norm, x, sizes), x
