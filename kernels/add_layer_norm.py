@@ -27,14 +27,14 @@ def norm_forward_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     live, inside = row < num_rows, column < D
-    mask = live[:, None] & inside[None, :]
+    mask = live[:, None] & inside[None, :]  # (ROWS, BLOCK_D)
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask, other=0.0).to(tl.float32)
     update = tl.load(residual_ptr + row[:, None] * residual_stride + column[None, :], mask, other=0.0).to(tl.float32)
     out = row[:, None] * D + column[None, :]
     total = (x + update).to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + out, total, mask)
     total = total.to(tl.float32)  # the backward sees the rounded sum
-    mean = tl.sum(total, 1) / D
+    mean = tl.sum(total, 1) / D  # (ROWS,)
     centred = tl.where(mask, total - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
     weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
@@ -56,7 +56,7 @@ def norm_backward_kernel(
     column = tl.arange(0, BLOCK_D)
     inside = column < D
     weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
-    grad_weight = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    grad_weight = tl.zeros((ROWS, BLOCK_D), tl.float32)  # summed over rows at the end
     grad_bias = tl.zeros((ROWS, BLOCK_D), tl.float32)
     first = program * rows_per_program
     end = tl.minimum(first + rows_per_program, num_rows)
@@ -73,7 +73,7 @@ def norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row, live, other=0.0)
         standard = tl.where(mask, (total - mean[:, None]) * rstd[:, None], 0.0)
         scaled = grad * weight[None, :]
-        along = tl.sum(scaled * standard, 1) / D
+        along = tl.sum(scaled * standard, 1) / D  # (ROWS,)
         level = tl.sum(scaled, 1) / D
         grad_x = stream.to(tl.float32) + rstd[:, None] * (scaled - level[:, None] - standard * along[:, None])
         tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask)

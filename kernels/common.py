@@ -1,4 +1,23 @@
-"""What the kernels share: the split of a head's columns, tiles, and launch conventions."""
+"""What the kernels share: the split of a head's columns, tiles, launch conventions, and names.
+
+Names in kernels; capitals are compile-time constants, and a comment (M, D) gives the shape of a tile:
+  q, k, v, out, lse, grad, dq, ...    pointers, as the launcher's tensors; x_ptr where x is a tile
+  x_row, x_head, x_batch, x_stride    strides of x in elements; x_stride of its rows
+  qs, ks, vs, do, o                   tiles of queries, keys, values, gradient of the output, output
+  x_rest                              second block of a tile's columns, see avfast.kernels.packed_tiles
+  x_a, x_v                            of the first and the second modality
+  begin, end, start                   rows of the program, or with _q and _k of the other side; first row of a tile
+  live, own, here, inside             masks: rows that count, queries, rows that exist, columns
+  s, p, dp, ds                        logits before the scale, weights, their gradients
+  c, top, total, shrink               scale log2(e); in base 2 the maximum so far or the log-sum-exp; sum of weights;
+                                      what an older maximum is multiplied with
+  delta, de                           sum_d dO O per query: in memory, as a tile
+  acc                                 float32 sum that a loop adds to
+  D, DV                               columns of queries and keys, of values
+  M, N, F                             BLOCK_M, BLOCK_N, BLOCK_F: rows of a tile of queries, of keys, of all queries
+  FULL, TAIL, REST, ONE               no row is masked; rows of the last tile; columns of x_rest; one tile has all keys
+  UPCAST                              tiles become float32 as they are loaded, for Triton's interpreter
+"""
 
 from __future__ import annotations
 
@@ -8,6 +27,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def block_of(columns: int) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from avfast.kernels.common import unit_stride
+from avfast.kernels.common import LN_2, LOG2_E, unit_stride
 from avfast.kernels.packed_attention_backward import packed_dkv_kernel, packed_dq_kernel, packed_whole_kernel
 from avfast.kernels.packed_tiles import clear_rows, item, last_full, load, multiply_add, products, store, zeros
 from avfast.kernels.support import DTYPES, HEAD_DIMS
@@ -42,12 +42,12 @@ def _attend(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: running maximum, sum of weights, and weighted sum of values."""
-    ks, k_rest = load(k, start, end, k_row, D, BLOCK_N, BLOCK_D, REST, FULL, UPCAST)
+    ks, k_rest = load(k, start, end, k_row, D, BLOCK_N, BLOCK_D, REST, FULL, UPCAST)  # (N, D)
     vs, v_rest = load(v, start, end, v_row, D, BLOCK_N, BLOCK_D, REST, FULL, UPCAST)
-    s = products(qs, q_rest, ks, k_rest, REST, PRECISION)
+    s = products(qs, q_rest, ks, k_rest, REST, PRECISION)  # (M, N)
     if not FULL:
         s = tl.where((start + tl.arange(0, BLOCK_N) < end)[None, :], s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1) * c)
+    new_top = tl.maximum(top, tl.max(s, 1) * c)  # (M,)
     p = tl.exp2(s * c - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(p, 1)
@@ -82,11 +82,11 @@ def packed_forward_kernel(
         return
     k += head * k_head
     v += head * v_head
-    qs, q_rest = load(q + head * q_head, begin, end, q_row, D, BLOCK_M, BLOCK_D, REST, False, UPCAST)
-    c = scale * 1.4426950408889634
+    qs, q_rest = load(q + head * q_head, begin, end, q_row, D, BLOCK_M, BLOCK_D, REST, False, UPCAST)  # (M, D)
+    c = scale * LOG2_E
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc, acc_rest = zeros(BLOCK_M, BLOCK_D, REST)
+    acc, acc_rest = zeros(BLOCK_M, BLOCK_D, REST)  # (M, D)
     full = last_full(begin_k, end_k, BLOCK_N, TAIL)
     for start in range(begin_k, full, BLOCK_N):
         top, total, acc, acc_rest = _attend(
@@ -109,7 +109,7 @@ def packed_forward_kernel(
     share = tl.where(total > 0, total, 1.0)[:, None]
     store(out, acc / share, acc_rest / share, begin, end, out_row, D, BLOCK_M, BLOCK_D, REST)
     i = begin + tl.arange(0, BLOCK_M)
-    tl.store(lse + i, (top + tl.log2(total)) * 0.6931471805599453, mask=i < end)
+    tl.store(lse + i, (top + tl.log2(total)) * LN_2, mask=i < end)
 
 
 KERNELS = {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from avfast.kernels.common import LOG2_E
 from avfast.kernels.packed_tiles import clear_rows, item, last_full, load, multiply_add, products, store, zeros
 
 
 @triton.jit
 def _row_sums(a, a_rest, b, b_rest, REST: tl.constexpr):
-    """``sum_d a b`` per row."""
+    """``sum_d a b`` per row: of (M, D) pairs to (M,)."""
     total = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     if REST:
         total += tl.sum(a_rest.to(tl.float32) * b_rest.to(tl.float32), 1)
@@ -23,13 +24,13 @@ def _add_dq(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds to dQ."""
-    ks, k_rest = load(k, start, end, k_row, D, BLOCK_N, BLOCK_D, REST, FULL, UPCAST)
+    ks, k_rest = load(k, start, end, k_row, D, BLOCK_N, BLOCK_D, REST, FULL, UPCAST)  # (N, D)
     vs, v_rest = load(v, start, end, v_row, D, BLOCK_N, BLOCK_D, REST, FULL, UPCAST)
-    p = tl.exp2(products(qs, q_rest, ks, k_rest, REST, PRECISION) * c - top[:, None])
+    p = tl.exp2(products(qs, q_rest, ks, k_rest, REST, PRECISION) * c - top[:, None])  # (M, N)
     if not FULL:
         # Beyond the last key s = 0 and p may overflow; its product with the zero row of K would be NaN.
         p = tl.where((start + tl.arange(0, BLOCK_N) < end)[None, :], p, 0.0)
-    dp = products(do, do_rest, vs, v_rest, REST, PRECISION)
+    dp = products(do, do_rest, vs, v_rest, REST, PRECISION)  # (M, N)
     ds = p * (dp - de[:, None])
     return multiply_add(ds.to(ks.dtype), ks, k_rest, acc, acc_rest, REST, PRECISION)
 
@@ -56,13 +57,13 @@ def packed_dq_kernel(
     i = begin + tl.arange(0, BLOCK_M)
     do, do_rest = load(grad + head * grad_head, begin, end, grad_row, D, BLOCK_M, BLOCK_D, REST, False, UPCAST)
     o, o_rest = load(out + head * out_head, begin, end, out_row, D, BLOCK_M, BLOCK_D, REST, False, UPCAST)
-    de = _row_sums(do, do_rest, o, o_rest, REST)
+    de = _row_sums(do, do_rest, o, o_rest, REST)  # (M,)
     tl.store(delta + head * rows + i, de, mask=i < end)
     qs, q_rest = load(q + head * q_head, begin, end, q_row, D, BLOCK_M, BLOCK_D, REST, False, UPCAST)
-    c = scale * 1.4426950408889634
+    c = scale * LOG2_E
     # +inf makes p = 0 in rows beyond the sequence.
-    top = tl.load(lse + head * rows + i, mask=i < end, other=float("inf")) * 1.4426950408889634
-    acc, acc_rest = zeros(BLOCK_M, BLOCK_D, REST)
+    top = tl.load(lse + head * rows + i, mask=i < end, other=float("inf")) * LOG2_E
+    acc, acc_rest = zeros(BLOCK_M, BLOCK_D, REST)  # (M, D)
     full = last_full(begin_k, end_k, BLOCK_N, TAIL)
     for start in range(begin_k, full, BLOCK_N):
         acc, acc_rest = _add_dq(
@@ -91,17 +92,17 @@ def _add_dkv(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to dK and dV."""
-    qs, q_rest = load(q, start, end, q_row, D, BLOCK_M, BLOCK_D, REST, FULL, UPCAST)
+    qs, q_rest = load(q, start, end, q_row, D, BLOCK_M, BLOCK_D, REST, FULL, UPCAST)  # (M, D)
     do, do_rest = load(grad, start, end, grad_row, D, BLOCK_M, BLOCK_D, REST, FULL, UPCAST)
     i = start + tl.arange(0, BLOCK_M)
     if FULL:
-        top = tl.load(lse + i) * 1.4426950408889634
+        top = tl.load(lse + i) * LOG2_E
         de = tl.load(delta + i)
     else:
         # +inf makes p = 0 beyond the last query.
-        top = tl.load(lse + i, mask=i < end, other=float("inf")) * 1.4426950408889634
+        top = tl.load(lse + i, mask=i < end, other=float("inf")) * LOG2_E
         de = tl.load(delta + i, mask=i < end, other=0.0)
-    p = tl.exp2(products(ks, k_rest, qs, q_rest, REST, PRECISION) * c - top[None, :])
+    p = tl.exp2(products(ks, k_rest, qs, q_rest, REST, PRECISION) * c - top[None, :])  # (N, M)
     acc_v, acc_v_rest = multiply_add(p.to(do.dtype), do, do_rest, acc_v, acc_v_rest, REST, PRECISION)
     ds = p * (products(vs, v_rest, do, do_rest, REST, PRECISION) - de[None, :])
     acc_k, acc_k_rest = multiply_add(ds.to(qs.dtype), qs, q_rest, acc_k, acc_k_rest, REST, PRECISION)
@@ -134,8 +135,8 @@ def packed_dkv_kernel(
     delta += head * rows_q
     ks, k_rest = load(k + head * k_head, begin, end, k_row, D, BLOCK_N, BLOCK_D, REST, False, UPCAST)
     vs, v_rest = load(v + head * v_head, begin, end, v_row, D, BLOCK_N, BLOCK_D, REST, False, UPCAST)
-    c = scale * 1.4426950408889634
-    acc_k, acc_k_rest = zeros(BLOCK_N, BLOCK_D, REST)
+    c = scale * LOG2_E
+    acc_k, acc_k_rest = zeros(BLOCK_N, BLOCK_D, REST)  # (N, D)
     acc_v, acc_v_rest = zeros(BLOCK_N, BLOCK_D, REST)
     full = last_full(begin_q, end_q, BLOCK_M, TAIL)
     for start in range(begin_q, full, BLOCK_M):
@@ -166,11 +167,11 @@ def _all_gradients(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Writes dK and dV of one tile of keys, which sees all queries here, and adds to dQ."""
-    ks, k_rest = load(k, start, end, k_row, D, BLOCK_N, BLOCK_D, REST, False, UPCAST)
+    ks, k_rest = load(k, start, end, k_row, D, BLOCK_N, BLOCK_D, REST, False, UPCAST)  # (N, D)
     vs, v_rest = load(v, start, end, v_row, D, BLOCK_N, BLOCK_D, REST, False, UPCAST)
-    s = products(ks, k_rest, qs, q_rest, REST, PRECISION)
+    s = products(ks, k_rest, qs, q_rest, REST, PRECISION)  # (N, M)
     live = (start + tl.arange(0, BLOCK_N) < end)[:, None]
-    p = tl.where(live, tl.exp2(s * (scale * 1.4426950408889634) - top[None, :]), 0.0)
+    p = tl.where(live, tl.exp2(s * (scale * LOG2_E) - top[None, :]), 0.0)
     tile, rest = zeros(BLOCK_N, BLOCK_D, REST)
     tile, rest = multiply_add(p.to(do.dtype), do, do_rest, tile, rest, REST, PRECISION)
     store(dv, tile, rest, start, end, dv_row, D, BLOCK_N, BLOCK_D, REST)
@@ -210,10 +211,10 @@ def packed_whole_kernel(
     qs, q_rest = load(q + head * q_head, begin, end, q_row, D, BLOCK_M, BLOCK_D, REST, False, UPCAST)
     do, do_rest = load(grad + head * grad_head, begin, end, grad_row, D, BLOCK_M, BLOCK_D, REST, False, UPCAST)
     o, o_rest = load(out + head * out_head, begin, end, out_row, D, BLOCK_M, BLOCK_D, REST, False, UPCAST)
-    de = _row_sums(do, do_rest, o, o_rest, REST)
+    de = _row_sums(do, do_rest, o, o_rest, REST)  # (M,)
     # +inf makes p = 0 in rows beyond the sequence.
-    top = tl.load(lse + head * rows + i, mask=i < end, other=float("inf")) * 1.4426950408889634
-    acc, acc_rest = zeros(BLOCK_M, BLOCK_D, REST)
+    top = tl.load(lse + head * rows + i, mask=i < end, other=float("inf")) * LOG2_E
+    acc, acc_rest = zeros(BLOCK_M, BLOCK_D, REST)  # (M, D)
     if ONE:
         acc, acc_rest = _all_gradients(
             qs, q_rest, do, do_rest, k, v, dk, dv, begin_k, end_k, k_row, v_row, dk_row, dv_row, scale, top, de,

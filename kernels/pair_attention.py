@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
-from avfast.kernels.common import block_of, load_tile, store_tile, unit_stride
+from avfast.kernels.common import LN_2, LOG2_E, block_of, load_tile, store_tile, unit_stride
 from avfast.kernels.support import DTYPES, HEAD_DIMS
 from torch import Tensor
 
@@ -29,7 +30,8 @@ QUERIES = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 """Size of the block of queries: what fits in the registers. More queries make several launches, of which the later ones
 add to the gradients of keys and values.
 """
-DENSE, MASKED, PACKED = 0, 1, 2
+Kind = Literal["dense", "masked", "packed"]
+"""What is known of a side's keys: all take part, a byte per token says which do, boundaries say whose the rows are."""
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def _span(keys, sample, n, KIND: tl.constexpr):
     """First row of a sample's keys, and their end."""
     begin = 0
     end = n
-    if KIND == 2:
+    if KIND == "packed":
         begin = tl.load(keys + sample)
         end = tl.load(keys + sample + 1)
     return begin, end
@@ -48,7 +50,7 @@ def _live(keys, start, end, BLOCK_N: tl.constexpr, KIND: tl.constexpr):
     """Which of the keys from ``start`` on take part; ``keys`` points at the sample's first token."""
     i = start + tl.arange(0, BLOCK_N)
     live = i < end
-    if KIND == 1:
+    if KIND == "masked":
         live = live & (tl.load(keys + i, mask=live, other=0) != 0)
     return live
 
@@ -65,8 +67,9 @@ def _attend(
     acc = tl.zeros((BLOCK_F, BLOCK_DV), tl.float32)
     for start in range(begin, end, BLOCK_N):
         live = _live(keys, start, end, BLOCK_N, KIND)
-        ks = load_tile(k, start, live, k_row, D, BLOCK_N, BLOCK_D, False, UPCAST)
-        vs = load_tile(v, start, live, v_row, DV, BLOCK_N, BLOCK_DV, False, UPCAST)
+        ks = load_tile(k, start, live, k_row, D, BLOCK_N, BLOCK_D, False, UPCAST)  # (N, D)
+        vs = load_tile(v, start, live, v_row, DV, BLOCK_N, BLOCK_DV, False, UPCAST)  # (N, DV)
+        # s and p are (F, N).
         s = tl.where(live[None, :], tl.dot(qs, tl.trans(ks), input_precision=PRECISION), float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * c)
         # A tile may be masked as a whole, and -inf minus -inf is no number.
@@ -77,7 +80,7 @@ def _attend(
         acc = tl.dot(p.to(vs.dtype), vs, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    return acc, (top + tl.log2(total)) * 0.6931471805599453
+    return acc, (top + tl.log2(total)) * LN_2
 
 
 @triton.jit(
@@ -100,7 +103,7 @@ def pair_forward_kernel(
     own = f < queries
     statistics = tl.program_id(0).to(tl.int64) * all_queries + f
     qs = load_tile(q + sample * q_batch + head * q_head, 0, own, q_row, D, BLOCK_F, BLOCK_D, False, UPCAST)
-    c = scale * 1.4426950408889634
+    c = scale * LOG2_E
     begin, end = _span(keys_a, sample, n_a, KIND_A)
     sum_a, lse = _attend(
         qs, k_a + sample * k_a_batch + head * k_a_head, v_a + sample * v_a_batch + head * v_a_head,
@@ -129,12 +132,12 @@ def _probabilities(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Keys of a tile, and transposed p and dp = dO V^T: then queries and dO are right factors and lie in shared memory,
+    """Keys of a tile, and p and dp = dO V^T as (N, F): so queries and dO are right factors and lie in shared memory,
     not in registers."""
     live = _live(keys, start, end, BLOCK_N, KIND)
-    ks = load_tile(k, start, live, k_row, D, BLOCK_N, BLOCK_D, False, UPCAST)
-    vs = load_tile(v, start, live, v_row, DV, BLOCK_N, BLOCK_DV, False, UPCAST)
-    s = tl.dot(ks, tl.trans(qs), input_precision=PRECISION)
+    ks = load_tile(k, start, live, k_row, D, BLOCK_N, BLOCK_D, False, UPCAST)  # (N, D)
+    vs = load_tile(v, start, live, v_row, DV, BLOCK_N, BLOCK_DV, False, UPCAST)  # (N, DV)
+    s = tl.dot(ks, tl.trans(qs), input_precision=PRECISION)  # (N, F)
     # Where no key takes part top is -inf, and elsewhere s = 0 of an absent key may overflow.
     p = tl.where(live[:, None], tl.exp2(s * c - top[None, :]), 0.0)
     return ks, p, tl.dot(vs, tl.trans(do), input_precision=PRECISION)
@@ -147,7 +150,7 @@ def _differentiate(
     BLOCK_N: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``dq`` with this side's part added; writes dK and dV, or adds to them."""
-    c = scale * 1.4426950408889634
+    c = scale * LOG2_E
     products = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
     for start in range(begin, end, BLOCK_N):
         _, p, dp = _probabilities(
@@ -155,7 +158,7 @@ def _differentiate(
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, KIND, PRECISION, UPCAST,
         )  # fmt: skip
         products += p * dp
-    delta = tl.sum(products, 0)
+    delta = tl.sum(products, 0)  # (F,)
     for start in range(begin, end, BLOCK_N):
         ks, p, dp = _probabilities(
             qs, do, k, v, keys, start, end, k_row, v_row, c, top,
@@ -217,25 +220,25 @@ def pair_backward_kernel(
     dk = dk_a + sample * dk_a_batch + head * dk_a_head
     dv = dv_a + sample * dv_a_batch + head * dv_a_head
     # +inf makes p = 0 in rows beyond the last query.
-    top = tl.load(lse_a + statistics, mask=own, other=float("inf")) * 1.4426950408889634
+    top = tl.load(lse_a + statistics, mask=own, other=float("inf")) * LOG2_E
     acc = _differentiate(
         acc, qs, do, k_a + sample * k_a_batch + head * k_a_head, v_a + sample * v_a_batch + head * v_a_head, dk, dv,
         keys_a + sample * n_a, begin, end, k_a_row, v_a_row, dk_a_row, dv_a_row, scale, top,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_F, BLOCK_N, KIND_A, ADD, PRECISION, UPCAST,
     )  # fmt: skip
-    if KIND_A == 2:
+    if KIND_A == "packed":
         if sample == batch - 1:
             _clear_rest(dk, dv, end, n_a, dk_a_row, dv_a_row, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N)
     begin, end = _span(keys_v, sample, n_v, KIND_V)
     dk = dk_v + sample * dk_v_batch + head * dk_v_head
     dv = dv_v + sample * dv_v_batch + head * dv_v_head
-    top = tl.load(lse_v + statistics, mask=own, other=float("inf")) * 1.4426950408889634
+    top = tl.load(lse_v + statistics, mask=own, other=float("inf")) * LOG2_E
     acc = _differentiate(
         acc, qs, do, k_v + sample * k_v_batch + head * k_v_head, v_v + sample * v_v_batch + head * v_v_head, dk, dv,
         keys_v + sample * n_v, begin, end, k_v_row, v_v_row, dk_v_row, dv_v_row, scale, top,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_F, BLOCK_N, KIND_V, ADD, PRECISION, UPCAST,
     )  # fmt: skip
-    if KIND_V == 2:
+    if KIND_V == "packed":
         if sample == batch - 1:
             _clear_rest(dk, dv, end, n_v, dk_v_row, dv_v_row, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N)
     store_tile(dq + sample * dq_batch + head * dq_head, acc * scale, 0, own, dq_row, D, BLOCK_F, BLOCK_D)
@@ -268,7 +271,7 @@ def tile(kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype) -> Tile:
 
 
 def constants(
-    kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype, kind_a: int, kind_v: int, upcast: bool = False
+    kernel: str, dim_qk: int, dim_v: int, dtype: torch.dtype, kind_a: Kind, kind_v: Kind, upcast: bool = False
 ) -> dict:
     """Compile-time arguments and launch options."""
     t = tile(kernel, dim_qk, dim_v, dtype)
@@ -303,16 +306,16 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [s for x in tensors for s in (x.stride()[:3] if x.ndim == 4 else (0, x.stride(1), x.stride(0)))]
 
 
-def _known(k: Tensor, keys: Tensor | None) -> tuple[int, int, Tensor]:
+def _known(k: Tensor, keys: Tensor | None) -> tuple[Kind, int, Tensor]:
     """Kind, rows, and what the kernel reads to know which keys take part."""
     if keys is None:
-        return DENSE, k.shape[2], k
+        return "dense", k.shape[2], k
     if k.ndim == 3:
-        return PACKED, k.shape[0], keys.contiguous()
-    return MASKED, k.shape[2], keys.contiguous().view(torch.uint8)
+        return "packed", k.shape[0], keys.contiguous()
+    return "masked", k.shape[2], keys.contiguous().view(torch.uint8)
 
 
-def _launch(kernel: str, arguments: Sequence, q: Tensor, v: Tensor, kinds: tuple[int, int], extra: dict) -> None:
+def _launch(kernel: str, arguments: Sequence, q: Tensor, v: Tensor, kinds: tuple[Kind, Kind], extra: dict) -> None:
     settings = constants(kernel, q.shape[-1], v.shape[-1], q.dtype, *kinds, common.interpreted())
     common.launch(KERNELS[kernel], q.shape[0] * q.shape[1], *arguments, **settings, **extra)
 

@@ -19,7 +19,7 @@ def gather_patches_kernel(
     entry = tl.load(rows_ptr + token)
     image, patch = entry // num_patches, entry % num_patches
     corner = image * stride_image + (patch // width) * P * stride_row + (patch % width) * P * stride_column
-    value = tl.arange(0, BLOCK)
+    value = tl.arange(0, BLOCK)  # of the C p p values of a patch
     inside = value < VALUES
     channel, row, column = value // (P * P), value // P % P, value % P
     place = channel.to(tl.int64) * stride_channel + row * stride_row + column * stride_column

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import tokenize
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +63,24 @@ def constants(variant: Variant, arch: int = 90) -> dict:
     if op == "packed_attention":
         chosen = packed_attention.constants(name, *dims, dtype, size, capability=arch // 10)
     else:
-        masked = pair_attention.MASKED
-        chosen = pair_attention.constants(name, *dims, dtype, masked, masked)
+        chosen = pair_attention.constants(name, *dims, dtype, "masked", "masked")
         chosen["BIAS" if name == "forward" else "ADD"] = True
     return chosen | {"PRECISION": precision}
 
 
 def source(variant: Variant) -> str:
-    """What a row depends on: the kernels' text, what they are compiled with, and the compiler."""
-    functions = {
-        f.__name__: f.src for m in OPS[variant[0]] for f in vars(m).values() if isinstance(f, triton.JITFunction)
-    }
-    text = repr((sorted(functions.items()), sorted(constants(variant).items(), key=str), triton.__version__))
+    """What a row depends on: the kernels' text without comments, what they are compiled with, and the compiler."""
+    found = {name: x for module in OPS[variant[0]] for name, x in vars(module).items()}
+    parts = {name: without_comments(x.src) for name, x in found.items() if isinstance(x, triton.JITFunction)}
+    parts |= {name: repr(x.value) for name, x in found.items() if isinstance(x, triton.language.constexpr)}
+    text = repr((sorted(parts.items()), sorted(constants(variant).items(), key=str), triton.__version__))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def without_comments(code: str) -> str:
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    return " ".join(token.string for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL))
 
 
 def compiled(variant: Variant, arch: int = 90, **changes) -> dict:
