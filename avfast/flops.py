@@ -127,7 +127,7 @@ def _packed(
     **kwargs: Any,
 ) -> int:
     if cu_seqlens_q.is_meta:
-        raise ValueError("the FLOPs of packed attention on meta need lengths: give it a plan made by AttentionPlan.of")
+        raise ValueError("FLOPs of packed attention on meta need lengths: give a plan by AttentionPlan.from_lengths")
     lengths_q = cu_seqlens_q.diff()
     lengths_k = lengths_q if cu_seqlens_k is None else cu_seqlens_k.diff()
     pairs = int((lengths_q.long() * lengths_k).sum())

@@ -107,7 +107,7 @@ def _cuda_half(data: Inputs) -> None:
 
 
 def avfast(case: Case, data: Inputs) -> Variant:
-    plan = AttentionPlan.of(case.lengths, device=data[0].device)
+    plan = AttentionPlan.from_lengths(case.lengths, device=data[0].device)
     return _packed(data, lambda q, k, v: ops.packed_attention(q, k, v, plan=plan))
 
 
@@ -116,7 +116,7 @@ def avfast_device_plan(case: Case, data: Inputs) -> Variant:
     if data[0].device.type != "cuda":
         raise Unavailable("CUDA only")
     cu = cumulative(case.lengths, data[0].device)
-    plan = AttentionPlan.build(cu, tokens_q=sum(case.lengths), max_seqlen_q=max(case.lengths))
+    plan = AttentionPlan.from_cu_seqlens(cu, tokens_q=sum(case.lengths), max_seqlen_q=max(case.lengths))
     return _packed(data, lambda q, k, v: ops.packed_attention(q, k, v, plan=plan))
 
 
@@ -125,7 +125,7 @@ def through(library: str, case: Case, data: Inputs) -> Variant:
     _cuda_half(data)
     if missing(library) or (LIBRARIES[library].equal_only and not case.equal):
         raise Unavailable(missing(library) or "lengths differ")
-    plan = AttentionPlan.of(case.lengths, device=data[0].device)
+    plan = AttentionPlan.from_lengths(case.lengths, device=data[0].device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before = backend.get_backend()

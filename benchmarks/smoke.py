@@ -72,7 +72,7 @@ def packed_problems(device: torch.device, tiny: bool) -> Iterator[Problem]:
         for name, (lengths, keys) in sides.items():
             if tiny:
                 lengths, keys = [n // 8 + 1 for n in lengths], None if keys is None else [n // 8 for n in keys]
-            plan = AttentionPlan.of(lengths, keys, device=device)
+            plan = AttentionPlan.from_lengths(lengths, keys, device=device)
             rows = sum(lengths) + 3, sum(keys or lengths) + 3
             q, k, v = (torch.randn(n, 4, dim, device=device).to(dtype) for n in (rows[0], rows[1], rows[1]))
             label = f"packed D{dim} {str(dtype)[6:]} {name}"

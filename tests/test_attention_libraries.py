@@ -47,7 +47,7 @@ def fakes(monkeypatch):
 def contract(dim, dtype, case, device="cpu", heads=2):
     """Values and gradients against float64, with rows past the end."""
     lengths_q, lengths_k = CASES[case]
-    plan = AttentionPlan.of(lengths_q, lengths_k, device=device)
+    plan = AttentionPlan.from_lengths(lengths_q, lengths_k, device=device)
     keys = lengths_q if lengths_k is None else lengths_k
     inputs, weight = draw(lengths_q, keys, heads, dim, dtype, device, rest=3)
     if device == "cuda":  # freed at once: the memory that libraries get next is not zero by luck
@@ -92,7 +92,7 @@ def test_every_backend_keeps_the_contract(name, case, dtype, dim):
 def test_any_strides_and_a_packed_gradient(fakes, name):
     backend.set_backend(name)
     lengths = [3, 0, 8, 3]
-    plan = AttentionPlan.of(lengths)
+    plan = AttentionPlan.from_lengths(lengths)
     qkv, weight = torch.randn(16, 3, 2, 16).bfloat16(), torch.randn(16, 2, 16).bfloat16()
     out, gradient = outcome(lambda x: packed_attention_qkv(x, scale=0.3, plan=plan), [qkv], weight)
     assert_right([out, *gradient.unbind(1)], qkv.unbind(1), weight, lengths, lengths, 0.3)
@@ -109,7 +109,7 @@ def test_autocast_casts_for_libraries_too(fakes, dtype):
     backend.set_backend("flash_attn")
     x = torch.randn(9, 2, 16, requires_grad=True)
     with torch.autocast("cpu", dtype):
-        out = packed_attention(x, x, x, plan=AttentionPlan.of([4, 5]))
+        out = packed_attention(x, x, x, plan=AttentionPlan.from_lengths([4, 5]))
     assert out.dtype == dtype and torch.autograd.grad(out.float().sum(), x)[0].dtype == torch.float32
 
 
@@ -121,7 +121,7 @@ def test_compiled_without_a_break_and_not_anew_for_other_lengths(fakes):
         lambda q, k, v, plan: packed_attention(q, k, v, plan=plan), fullgraph=True, backend=counter
     )
     for lengths in ([3, 0, 8], [5, 4, 7, 2], [6, 1], [2, 9, 3]):
-        plan, count = AttentionPlan.of(lengths), sum(lengths) + 2
+        plan, count = AttentionPlan.from_lengths(lengths), sum(lengths) + 2
         *inputs, weight = torch.randn(4, count, 2, 16).bfloat16().unbind()
         want = outcome(partial(packed_attention, plan=plan), inputs, weight)
         got = outcome(partial(compiled, plan=plan), inputs, weight)
@@ -132,7 +132,7 @@ def test_compiled_without_a_break_and_not_anew_for_other_lengths(fakes):
 def test_flops_are_counted_whatever_is_named():
     backend.set_backend("varlen")
     x = torch.randn(9, 2, 16).bfloat16()
-    assert flops.count(packed_attention, x, x, x, plan=AttentionPlan.of([4, 5])) == 4 * (16 + 25) * 2 * 16
+    assert flops.count(packed_attention, x, x, x, plan=AttentionPlan.from_lengths([4, 5])) == 4 * (16 + 25) * 2 * 16
     assert backend.get_backend() == "varlen"
 
 
@@ -142,7 +142,7 @@ def test_flops_are_counted_whatever_is_named():
 def attend(lengths=(5, 9), dtype=torch.bfloat16, dim=16, plan=None, lengths_k=None):
     keys = lengths if lengths_k is None else lengths_k
     q, k, v = (torch.randn(sum(n), 2, dim).to(dtype) for n in (lengths, keys, keys))
-    return packed_attention(q, k, v, plan=plan or AttentionPlan.of(lengths, lengths_k))
+    return packed_attention(q, k, v, plan=plan or AttentionPlan.from_lengths(lengths, lengths_k))
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -153,7 +153,7 @@ def attend(lengths=(5, 9), dtype=torch.bfloat16, dim=16, plan=None, lengths_k=No
         ({"dtype": torch.float64}, "float16 and bfloat16, got torch.float64"),
         ({"dim": 20}, "multiple of 8 up to 256, got 20"),
         ({"dim": 264}, "multiple of 8 up to 256, got 264"),
-        ({"plan": AttentionPlan.build(cumulative([5, 9]), max_seqlen_q=9)}, "lengths on the host"),
+        ({"plan": AttentionPlan.from_cu_seqlens(cumulative([5, 9]), max_seqlen_q=9)}, "lengths on the host"),
         ({"lengths": (0, 0)}, "at least one query and key"),
         ({"lengths_k": (0, 0)}, "at least one query and key"),
     ],
@@ -163,7 +163,7 @@ def test_a_named_library_says_what_it_cannot_do(fakes, name, request_, message):
     with pytest.raises(RuntimeError, match=f"AVFAST_BACKEND={name}: .*{message}.*AVFAST_BACKEND=auto"):
         attend(**request_)
     with pytest.raises(ValueError, match="plan holds 18 queries and 18 keys, got 14 and 14 rows"):
-        attend(plan=AttentionPlan.of([9, 9]))
+        attend(plan=AttentionPlan.from_lengths([9, 9]))
     assert not fakes
 
 

@@ -198,7 +198,7 @@ def test_a_decoder_puts_mask_tokens_where_nothing_was_kept():
     decoder = randomised(PatchDecoder(DIM, 16, 2, 2, (2, 3), 7))
     further, tokens = draw(2, 4), draw(4)
     kept = Kept.pack([torch.tensor([4]), torch.tensor([5, 0, 2])])
-    plan = AttentionPlan.of((10, 10))
+    plan = AttentionPlan.from_lengths((10, 10))
     got = decoder(further, plan, tokens, kept.flat(6))
     for row, ids in enumerate(kept.to_list()):
         x = decoder.mask_token[0].expand(6, -1).clone()
@@ -207,7 +207,7 @@ def test_a_decoder_puts_mask_tokens_where_nothing_was_kept():
             x[patch] = decoder.embed(own[i])
         x = torch.cat([decoder.embed(further[row]), x + decoder.pos_embed[0]])
         for layer in decoder.blocks:
-            x = layer(x, AttentionPlan.of((10,)))
+            x = layer(x, AttentionPlan.from_lengths((10,)))
         assert_close("prediction", got[row], decoder.pred(decoder.norm(x))[4:], 1e-12)
     blind = decoder(further, plan)
     nowhere = torch.zeros(0, dtype=torch.int64)

@@ -30,7 +30,7 @@ from avfast.ops.packed_attention import _exact_work  # noqa: E402
 
 def with_work(lengths_q, lengths_k=None):
     """A plan as on a CUDA device, on the CPU."""
-    plan = AttentionPlan.of(lengths_q, lengths_k)
+    plan = AttentionPlan.from_lengths(lengths_q, lengths_k)
     return replace(plan, work=_exact_work(plan.cu_seqlens_q, plan.cu_seqlens_k))
 
 
@@ -45,7 +45,7 @@ def test_packed_attention_compiles_once_per_tile_whatever_the_lengths(monkeypatc
             lengths = [draw.randint(0, draw.choice((60, 250, 700))) for _ in range(1 + number)]
             rest = number % 3
             qkv = torch.empty(sum(lengths) + rest, 3, 2, 64, dtype=torch.bfloat16, requires_grad=True)
-            plan = with_work(lengths) if number % 2 else AttentionPlan.of(lengths)
+            plan = with_work(lengths) if number % 2 else AttentionPlan.from_lengths(lengths)
             backward(packed_attention_qkv(qkv, plan=plan))
         assert launches.counts() == {
             "packed_forward_kernel": 2, "packed_dq_kernel": 2, "packed_dkv_kernel": 1, "packed_whole_kernel": 1,

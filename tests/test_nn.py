@@ -36,7 +36,7 @@ def test_weights_of_timm_blocks_load_and_give_their_output_and_gradients(recompu
     for own, block in zip(ours, theirs, strict=True):
         own.load_state_dict(block.state_dict())
     x = torch.randn(sum(LENGTHS), 48, requires_grad=True)
-    got = run_blocks(ours, x, AttentionPlan.of(LENGTHS), recompute=recompute)
+    got = run_blocks(ours, x, AttentionPlan.from_lengths(LENGTHS), recompute=recompute)
     want = one_by_one(nn.Sequential(*theirs), x)
     assert_close("output", got, want, 1e-5)
     factor = torch.randn_like(want)
@@ -55,13 +55,13 @@ def test_attention_and_mlp_alone_take_timms_weights():
     attention.load_state_dict(block.attn.state_dict())
     mlp.load_state_dict(block.mlp.state_dict())
     x = torch.randn(sum(LENGTHS), 48)
-    assert_close("attention", attention(x, AttentionPlan.of(LENGTHS)), one_by_one(block.attn, x), 1e-5)
+    assert_close("attention", attention(x, AttentionPlan.from_lengths(LENGTHS)), one_by_one(block.attn, x), 1e-5)
     assert_close("mlp", mlp(x), block.mlp(x), 1e-6)
 
 
 def test_a_block_leaves_its_last_addition_to_the_next():
     block = randomised(PackedBlock(16, 2))
-    x, pending, plan = torch.randn(16, 16), torch.randn(16, 16), AttentionPlan.of(LENGTHS)
+    x, pending, plan = torch.randn(16, 16), torch.randn(16, 16), AttentionPlan.from_lengths(LENGTHS)
     stream, update = block((x, pending), plan)
     assert_close("pair", stream + update, block(x + pending, plan), 1e-6)
     assert_close("chain", run_blocks([block], x + pending, plan), block(x + pending, plan), 1e-6)
@@ -71,11 +71,11 @@ def test_every_norm_set_serves_its_own_rows():
     sizes = (LENGTHS[0] + LENGTHS[1], LENGTHS[2] + LENGTHS[3])
     block = randomised(PackedBlock(16, 2, norm_sets=2))
     x = torch.randn(sum(LENGTHS), 16)
-    got = run_blocks([block, block], x, AttentionPlan.of(LENGTHS), sizes)
+    got = run_blocks([block, block], x, AttentionPlan.from_lengths(LENGTHS), sizes)
     for i, (part, lengths) in enumerate(zip(x.split(sizes), (LENGTHS[:2], LENGTHS[2:]), strict=True)):
         single = PackedBlock(16, 2)
         single.load_state_dict({k: v[i] if "norm" in k else v for k, v in block.state_dict().items()})
-        want = run_blocks([single, single], part, AttentionPlan.of(lengths))
+        want = run_blocks([single, single], part, AttentionPlan.from_lengths(lengths))
         assert_close(f"set {i}", got.split(sizes)[i], want, 1e-5)
     with pytest.raises(ValueError, match="2 affine sets, got 1 group sizes"):
         SplitLayerNorm(16)(x, (16,))
@@ -89,7 +89,7 @@ def test_every_norm_set_serves_its_own_rows():
 def kept(sequences: tuple[int, ...], sizes: tuple[int, ...] = ()) -> KeptSequences:
     rows = torch.arange(sum(LENGTHS)).split(LENGTHS)
     return KeptSequences(
-        torch.cat([rows[i] for i in sequences]), AttentionPlan.of([LENGTHS[i] for i in sequences]), sizes, 2.0
+        torch.cat([rows[i] for i in sequences]), AttentionPlan.from_lengths([LENGTHS[i] for i in sequences]), sizes, 2.0
     )
 
 
@@ -104,7 +104,7 @@ def test_dropped_sequences_skip_a_branch_and_the_others_count_more():
         part = part + 2 * block.attn(block.norm1(part)) if i in (0, 2) else part
         want.append(part + 2 * block.mlp(block.norm2(part)) if i in (2, 3) else part)
     want = torch.cat(want, 1)[0]
-    plan = AttentionPlan.of(LENGTHS)
+    plan = AttentionPlan.from_lengths(LENGTHS)
     for recompute in (False, True):
         got = run_blocks([ours], x, plan, recompute=recompute, drops=[drop])
         assert_close("output", got, want, 1e-5)

@@ -48,7 +48,7 @@ def test_every_dtype(dtype, lengths):
 def test_a_plan_of_equal_lengths(lengths, keys, rest, dtype, autocast):
     """One dense call on the CPU, but where rows are left over."""
     inputs, weight = draw(lengths, keys, 2, 16, dtype, rest=rest)
-    plan = AttentionPlan.of(lengths, None if lengths == keys else keys)
+    plan = AttentionPlan.from_lengths(lengths, None if lengths == keys else keys)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         got = outcome(lambda *x: packed_attention(*x, plan=plan), inputs, weight)
     assert got[0].dtype == (autocast or dtype) and got[0].is_contiguous()
@@ -77,7 +77,7 @@ def test_the_formula_for_other_devices_equals_the_one_for_cpus(monkeypatch):
 def test_packed_qkv_is_the_same_and_has_one_gradient():
     lengths = [3, 0, 8, 3]
     qkv = torch.randn(16, 3, 2, 16, requires_grad=True)
-    plan, weight = AttentionPlan.of(lengths), torch.randn(16, 2, 16)
+    plan, weight = AttentionPlan.from_lengths(lengths), torch.randn(16, 2, 16)
     want = packed_attention(*qkv.unbind(1), plan=plan)
     for got in (packed_attention_qkv(qkv, plan=plan), packed_attention_qkv(qkv, cumulative(lengths), 8)):
         assert torch.equal(got, want)
@@ -86,8 +86,8 @@ def test_packed_qkv_is_the_same_and_has_one_gradient():
 
 def test_a_plan_replaces_the_boundaries():
     q, k, v = torch.randn(3, 5, 2, 16).unbind()
-    plan = AttentionPlan.build(cumulative([2, 3]))
-    assert torch.equal(plan.cu_seqlens_q, AttentionPlan.of([2, 3]).cu_seqlens_q)
+    plan = AttentionPlan.from_cu_seqlens(cumulative([2, 3]))
+    assert torch.equal(plan.cu_seqlens_q, AttentionPlan.from_lengths([2, 3]).cu_seqlens_q)
     want = packed_attention(q, k, v, cumulative([2, 3]))
     assert torch.equal(packed_attention(q, k, v, plan=plan), want)
     assert torch.equal(flash_attn_varlen_func(q, k, v, cumulative([2, 3]), cumulative([2, 3]), 3, 3), want)
@@ -117,7 +117,7 @@ def test_more_errors():
     with pytest.raises(ValueError, match=r"qkv must be \(T, 3, H, D\)"):
         packed_attention_qkv(x, bounds)
     with pytest.raises(ValueError, match="a plan of one set of lengths"):
-        packed_attention_qkv(x[:, None].expand(-1, 3, -1, -1), plan=AttentionPlan.of([5], [5]))
+        packed_attention_qkv(x[:, None].expand(-1, 3, -1, -1), plan=AttentionPlan.from_lengths([5], [5]))
     with pytest.raises(NotImplementedError, match="dropout_p=0.1, causal=True, fewer heads in k"):
         flash_attn_varlen_func(x, x[:, :1], x[:, :1], bounds, bounds, 5, 5, 0.1, causal=True)
     with pytest.raises(ValueError, match="auto, reference, triton, .*, got 'cuda'"):
@@ -149,7 +149,7 @@ def test_opcheck(device):
 def test_compiled_equals_eager_inside_and_outside_autocast(autocast, dtypes, device):
     if autocast is None and len(set(dtypes)) > 1:
         pytest.skip("mixed dtypes need autocast")
-    plan = AttentionPlan.of([3, 6], device=device)
+    plan = AttentionPlan.from_lengths([3, 6], device=device)
     inputs = [torch.randn(9, 2, 16, device=device).to(dtype).requires_grad_() for dtype in dtypes]
 
     def step(q, k, v):
@@ -195,7 +195,7 @@ def test_new_plans_do_not_recompile():
     counter = CompileCounter()
     compiled = torch.compile(lambda qkv, plan: packed_attention_qkv(qkv, plan=plan), fullgraph=True, backend=counter)
     for lengths in ([5], [70, 3], [300], [70, 80, 90, 3, 3], [300, 3], [300, 300, 300], [257, 65, 64], [1, 1, 1, 1]):
-        plan = AttentionPlan.of(lengths)
+        plan = AttentionPlan.from_lengths(lengths)
         plan = replace(plan, work=_exact_work(plan.cu_seqlens_q, None))
         compiled(torch.zeros(sum(lengths), 3, 1, 16), plan)
     assert counter.frame_count <= 3
@@ -205,11 +205,11 @@ def test_new_plans_do_not_recompile():
 def test_flops(device):
     q = torch.randn(12, 3, 16, device=device, requires_grad=True)
     k, v = torch.randn(2, 9, 3, 16, device=device)
-    plan = AttentionPlan.of([5, 0, 7], [4, 2, 3], device=device)
+    plan = AttentionPlan.from_lengths([5, 0, 7], [4, 2, 3], device=device)
     forward = 4 * (5 * 4 + 7 * 3) * 3 * 16
     assert flops.count(packed_attention, q, k, v, plan=plan) == forward
     assert flops.count(lambda: packed_attention(q, k, v, plan=plan).sum(), backward=True) == 3 * forward
-    qkv, alone = q[:, None].expand(-1, 3, -1, -1), AttentionPlan.of([5, 7], device=device)
+    qkv, alone = q[:, None].expand(-1, 3, -1, -1), AttentionPlan.from_lengths([5, 7], device=device)
     total = flops.count(lambda: packed_attention_qkv(qkv, plan=alone).sum(), backward=True)
     assert total == 3 * 4 * (25 + 49) * 3 * 16
     with pytest.raises(ValueError, match="give it a plan"):
@@ -278,7 +278,7 @@ ALL = list(itertools.product((16, 32, 48, 64, 80, 128), (torch.float32, *HALVES)
 
 def run_kernels(dim, dtype, case, device, heads):
     lengths_q, lengths_k = CASES[case]
-    plan = AttentionPlan.of(lengths_q, lengths_k, device=device)
+    plan = AttentionPlan.from_lengths(lengths_q, lengths_k, device=device)
     lengths_k = lengths_q if lengths_k is None else lengths_k
     inputs, weight = draw(lengths_q, lengths_k, heads, dim, dtype, device, rest=3)
     got = outcome(lambda *x: packed_attention(*x, plan=plan), inputs, weight)
@@ -333,7 +333,9 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("dim, dtype, case", ALL)
 def test_kernels(dim, dtype, case):
     inputs, weight, plan, got = run_kernels(dim, dtype, case, "cuda", 3)
-    built = AttentionPlan.build(plan.cu_seqlens_q, plan.cu_seqlens_k, tokens_q=len(inputs[0]), tokens_k=len(inputs[1]))
+    built = AttentionPlan.from_cu_seqlens(
+        plan.cu_seqlens_q, plan.cu_seqlens_k, tokens_q=len(inputs[0]), tokens_k=len(inputs[1])
+    )
     again = outcome(lambda *x: packed_attention(*x, plan=built), inputs, weight)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
@@ -343,7 +345,7 @@ def test_kernels(dim, dtype, case):
 def test_backward_is_the_same_every_time(dtype):
     lengths = [49, 196, 392, 700, 1, 98] * 4
     inputs, weight = draw(lengths, lengths, 4, 64, dtype, "cuda", rest=5)
-    plan = AttentionPlan.of(lengths, device="cuda")
+    plan = AttentionPlan.from_lengths(lengths, device="cuda")
     first = outcome(lambda *x: packed_attention(*x, plan=plan), inputs, weight)
     for _ in range(30):
         again = outcome(lambda *x: packed_attention(*x, plan=plan), inputs, weight)

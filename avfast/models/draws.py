@@ -25,7 +25,7 @@ def shared_plan(
     lengths: tuple[int, ...], device: torch.device, lengths_k: tuple[int, ...] | None = None
 ) -> AttentionPlan:
     """A plan per lengths and device: multi-ratio masking asks for the same few at every step."""
-    return AttentionPlan.of(lengths, lengths_k, device)
+    return AttentionPlan.from_lengths(lengths, lengths_k, device)
 
 
 def as_kept(keep: Keep, num_patches: int | None = None) -> Kept:

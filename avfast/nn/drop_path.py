@@ -60,7 +60,7 @@ class KeptSequences:
         rows = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.int64)
         ends = [0, *accumulate(sizes)]
         kept_sizes = tuple(int(((rows >= a) & (rows < b)).sum()) for a, b in zip(ends, ends[1:], strict=False))
-        plan = AttentionPlan.of([lengths[i] for i in chosen], device=device)
+        plan = AttentionPlan.from_lengths([lengths[i] for i in chosen], device=device)
         return cls(rows.to(device), plan, kept_sizes, total / max(count, 1))
 
     def add_to(self, x: Tensor, update: Tensor) -> Tensor:

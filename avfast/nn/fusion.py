@@ -54,8 +54,8 @@ class TokenLayout:
             len(lengths),
             groups,
             None if len(groups) == 1 else cumulative(lengths, device),
-            AttentionPlan.of(lengths, device=device),
-            AttentionPlan.of(lengths, [context + n for n in lengths], device=device),
+            AttentionPlan.from_lengths(lengths, device=device),
+            AttentionPlan.from_lengths(lengths, [context + n for n in lengths], device=device),
         )
 
     def sources(self, x: Tensor) -> Tensor:

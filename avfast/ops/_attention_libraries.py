@@ -121,7 +121,7 @@ def refusal(name: str, q: Tensor, plan: AttentionPlan) -> str | None:
     if head_dim % 8 or head_dim > 256:
         return f"it takes head dimensions of a multiple of 8 up to 256, got {head_dim}"
     if host is None or not host.total_q or not host.total_k:
-        return "it needs lengths on the host: give a plan made by AttentionPlan.of with at least one query and key"
+        return "it needs lengths on the host, at least one query and key: give a plan by AttentionPlan.from_lengths"
     if torch.are_deterministic_algorithms_enabled() and not library.deterministic:
         return "it is not deterministic, and torch.use_deterministic_algorithms asks for that"
     if library.equal_only and not host.equal:

@@ -80,7 +80,7 @@ class AttentionPlan:
     host: HostLengths | None = None
 
     @classmethod
-    def of(
+    def from_lengths(
         cls,
         lengths_q: Sequence[int],
         lengths_k: Sequence[int] | None = None,
@@ -102,7 +102,7 @@ class AttentionPlan:
         return plan if device is None else plan.to(device)
 
     @classmethod
-    def build(
+    def from_cu_seqlens(
         cls,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor | None = None,
@@ -316,7 +316,7 @@ def _plan(
     if plan is None:
         if cu_q is None:
             raise ValueError("packed_attention needs cu_seqlens_q or a plan")
-        return AttentionPlan.build(
+        return AttentionPlan.from_cu_seqlens(
             cu_q, cu_k, tokens_q=q.shape[0], tokens_k=k.shape[0], max_seqlen_q=max_q, max_seqlen_k=max_k
         )
     return plan if plan.cu_seqlens_q.device == q.device else plan.to(q.device)
