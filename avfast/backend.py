@@ -87,7 +87,7 @@ def use_kernels(op: str, *tensors: Tensor) -> bool:
     refusal = support.refusal(op, *tensors)
     if refusal is not None and _backend == "triton":
         raise ValueError(f"{refusal}; AVFAST_BACKEND=auto and reference take any")
-    if refusal is not None and tensors[0].dtype in support.DTYPES:
+    if refusal is not None and all(x.dtype in support.DTYPES for x in tensors):
         _warn_once(refusal)
     return refusal is None
 

@@ -18,5 +18,6 @@ def refusal(op: str, *tensors: Tensor) -> str | None:
     dims = [x.shape[-1] for x in tensors] if op in ATTENTION else []
     if all(x.dtype in DTYPES for x in tensors) and all(1 <= n <= MOST_COLUMNS for n in dims):
         return None
+    dtype = next((x.dtype for x in tensors if x.dtype not in DTYPES), tensors[0].dtype)
     limit, got = (f"head dimensions up to {MOST_COLUMNS} in ", f"{', '.join(map(str, dims))} in ") if dims else ("", "")
-    return f"the Triton kernels of {op} take {limit}float32, float16 and bfloat16, got {got}{tensors[0].dtype}"
+    return f"the Triton kernels of {op} take {limit}float32, float16 and bfloat16, got {got}{dtype}"
