@@ -9,9 +9,10 @@ from avfast import create_model
 from avfast.data.clips import Batch
 from avfast.train.__main__ import resolve
 from avfast.train.config import Config, SettingError
-from avfast.train.recipes import RECIPES
+from avfast.train.recipes import RECIPES, demo
+from avfast.train.recipes.row import Row
 from avfast.train.setup import build_model
-from avfast.train.tables import ROWS, TITLES, Row, listing, main
+from avfast.train.tables import ROWS, TITLES, listing, main
 from avfast.train.trainer import Trainer, learning_rate
 
 TWINS = {
@@ -55,7 +56,7 @@ def distinct() -> list[Config]:
 
 @pytest.mark.parametrize("row", ROWS, ids=name)
 def test_the_command_asks_for_the_row(row):
-    recipe = RECIPES[row.recipe]()
+    recipe = row.recipe()
     of_model = {k[6:]: v for k, v in row.overrides.items() if k.startswith("model.")}
     others = {k: v for k, v in row.overrides.items() if not k.startswith("model.")}
     want = replace(recipe, **others, data=row.data, eval_data=(row.eval_data,))
@@ -218,8 +219,8 @@ def test_listing(capsys):
 
 def test_figures_stand_under_their_columns():
     rows = [
-        Row("main", "a", "demo", {"x": 1, "y": 22.5}, note=""),
-        Row("main", "longer", "demo", {"y": 3.0}, note="why"),
+        Row("main", "a", demo, {"x": 1, "y": 22.5}, note=""),
+        Row("main", "longer", demo, {"y": 3.0}, note="why"),
     ]
     lines = listing(rows).splitlines()
     assert lines[1:3] + lines[4:5] + lines[6:] == [

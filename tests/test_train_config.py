@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 
+from avfast.models import registry
 from avfast.train import config as settings
 from avfast.train.__main__ import main, resolve
 from avfast.train.config import Config, SettingError, fields, from_dict, from_json
@@ -134,7 +135,15 @@ def test_flags():
         (["demo", "more"], "unexpected argument 'more'"),
         (["--config", "no/such/file"], "--config no/such/file: No such file or directory"),
         (["demo", "--config", "x.json"], "not both"),
-        (["--recipe", "demo"], "unknown flag '--recipe'"),
+        (["demo", "--recipe", "demo"], "--recipe: the recipe is given already, demo"),
+        (["--recipe", "dem"], "unknown recipe 'dem'; did you mean: demo?"),
+        (["--recipe", "nowhere.py:mine"], "--recipe nowhere.py:mine: no file nowhere.py"),
+        (
+            ["nowhere.at_all:mine"],
+            "--recipe nowhere.at_all:mine: no module 'nowhere.at_all' here or among those installed",
+        ),
+        (["avfast.train.recipes.cav_mae:cav_mae_bas"], "did you mean: cav_mae_base_pretrain"),
+        (["avfast.train.config:fields"], "expected a Config from fields(), got dict"),
         (["--lr", "inf"], "--lr inf: expected a number at least 0"),
         (["--weight_decay", "-1"], "--weight_decay -1.0: expected a number at least 0"),
         (["--betas", "0.9", "1"], "--betas 0.9 1.0: expected 2 numbers from 0 to below 1"),
@@ -193,6 +202,42 @@ def test_settings_of_a_model_have_the_types_of_its_constructor():
     assert settings.model_settings("deepavfusion_tiny", {"num_fusion_tokens": "[1, 8, 8]"}) == {
         "num_fusion_tokens": [1, 8, 8]
     }
+
+
+OWN = """
+from avfast.models.avsiam import AVSiam
+from avfast.models.registry import PRESETS, TINY
+from avfast.train import Config
+
+PRESETS["own_tiny"] = (AVSiam, {**TINY, "depth": 1})
+
+def mine() -> Config:
+    \"\"\"The user's.\"\"\"
+    return Config(model="own_tiny", lr=0.5, model_args={"temperature": 0.2})
+"""
+
+
+def test_a_recipe_and_its_model_from_the_users_own_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "PRESETS", dict(registry.PRESETS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_recipes.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    changed = resolve(["--recipe", "own_recipes.py:mine", "--lr", "0.25", "--model.temperature", "0.1"])
+    assert (changed.model, changed.lr, changed.model_args, changed.name) == (
+        "own_tiny",
+        0.25,
+        {"temperature": 0.1},
+        "mine",
+    )
+    assert resolve(["own_recipes:mine"]).lr == 0.5 and sys.modules["own_recipes"].__file__ == changed.recipe[:-5]
+    (tmp_path / "config.json").write_text(changed.to_json())
+    monkeypatch.chdir("/")
+    for _ in range(2):  # the second time as a process that has not imported it
+        assert resolve(["--config", str(tmp_path / "config.json")]) == changed
+
+        del sys.modules["own_recipes"], registry.PRESETS["own_tiny"]
+    assert main(["--help", f"{tmp_path}/own_recipes.py:mine"]) == 0
+    assert "--lr [0.5]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -18,7 +18,7 @@ from avfast.data.demo import PRESETS
 from avfast.train import checkpoint, data
 from avfast.train.loop import run
 from avfast.train.pictures import fusion_maps
-from avfast.train.recipes import deepavfusion_demo
+from avfast.train.recipes.deepavfusion import deepavfusion_demo
 from avfast.train.trainer import Trainer
 
 MODEL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from avfast.train import checkpoint, parallel
+from avfast.train import checkpoint, parallel, recipes
 from avfast.train.config import (
     Config,
     SettingError,
@@ -16,7 +16,6 @@ from avfast.train.config import (
     help_text,
     model_settings,
     parse,
-    unknown,
     user_error,
 )
 from avfast.train.log import plain_warnings
@@ -31,9 +30,7 @@ def resolve(arguments: Sequence[str]) -> Config:
     They start from the recipe, from ``--config FILE``, or, when a run is resumed without naming either, from the run's
     own. A run that is resumed goes on in its folder unless ``--out`` names another.
     """
-    recipe, changes = parse(arguments, RECIPES)
-    if recipe is not None and recipe not in RECIPES:
-        raise SettingError(unknown("recipe", recipe, RECIPES))
+    recipe, changes = parse(arguments)
     path = changes.pop("config", None)
     if recipe and path:
         raise SettingError(f"give a recipe ({recipe}) or --config ({path}), not both")
@@ -44,11 +41,11 @@ def resolve(arguments: Sequence[str]) -> Config:
     elif resumed and "out" not in changes and (Path(resumed) / "checkpoints").is_dir():
         changes["out"] = resumed
     if path:
-        base = from_json(path, "--config ")
+        base = recipes.load_model_of(from_json(path, "--config "))
     elif recipe or not resumed:
-        base = RECIPES[recipe or "demo"]()
+        base = recipes.find(recipe or "demo")()
     elif (Path(resumed) / "config.json").exists():
-        base = from_json(Path(resumed) / "config.json")
+        base = recipes.load_model_of(from_json(Path(resumed) / "config.json"))
     else:
         base = checkpoint.settings_of(checkpoint.find(resumed))
     if "out" not in changes:
@@ -62,9 +59,14 @@ def resolve(arguments: Sequence[str]) -> Config:
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns the exit code: 0, 1 for a run that had to end, 2 for wrong settings, 130 for ^C."""
     if {"-h", "--help"} & set(arguments):
-        recipe = next((a for a in arguments if a in RECIPES), "demo")
-        listed = "\n".join(f"  {name:26} {function.__doc__}" for name, function in RECIPES.items())
-        print(help_text(f"{USAGE}\n\nrecipes:\n{listed}", RECIPES[recipe]()))
+        words = [word.removeprefix("--recipe=") for word in arguments]
+        recipe = next((word for word in words if word in RECIPES or (":" in word and word[0] != "-")), "demo")
+        listed = "\n".join(f"  {name:30} {function.__doc__}" for name, function in RECIPES.items())
+        listed += "\n  FILE.py:FUNCTION".ljust(33) + " your own, in a file or MODULE:FUNCTION; it returns a Config"
+        try:
+            print(help_text(f"{USAGE}\n\nrecipes:\n{listed}", recipes.find(recipe)()))
+        except SettingError as error:
+            return fail(error)
         return 0
     from avfast.train.loop import run
     from avfast.train.monitor import RunError, Stopped

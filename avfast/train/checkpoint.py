@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avfast.train.config import Config, SettingError, from_dict
+from avfast.train.recipes import load_model_of
 from avfast.weight_files import read
 
 MODEL, STATE = "model.safetensors", "train_state.pt"
@@ -95,7 +96,7 @@ def settings_of(path: Path) -> Config:
     state = read(path / STATE, mmap=True)  # the optimisers' tensors beside the settings are not read
     if not isinstance(state, dict) or "config" not in state:
         raise SettingError(f"{path / STATE}: holds no settings, so no run has written it")
-    return from_dict(state["config"], str(path / STATE))
+    return load_model_of(from_dict(state["config"], str(path / STATE)))
 
 
 def load_model(where: str | Path) -> nn.Module:

@@ -31,7 +31,7 @@ def setting(default: Any, text: str) -> Any:
 class Config:
     """Every setting of a run. Recipes return one; ``--field value`` changes a field."""
 
-    recipe: str = setting("demo", "name of the recipe these settings come from")
+    recipe: str = setting("demo", "name of the recipe these settings come from, or where it stands: file.py:function")
     out: str | None = setting(None, "run folder (default: runs/<recipe>-<time>)")
     resume: str | None = setting(
         None, "run or checkpoint folder to continue, with its settings; 'auto': what is in --out, or a fresh start"
@@ -131,6 +131,11 @@ class Config:
         if self.timm and self.init_ast:
             raise SettingError(f"--init_ast {self.init_ast} and --timm {self.timm} both start the encoder: --timm none")
 
+    @property
+    def name(self) -> str:
+        """Of the recipe, without the file it stands in."""
+        return self.recipe.rpartition(":")[2]
+
     def to_json(self) -> str:
         """All settings, readable by :func:`from_json`."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -175,12 +180,13 @@ def unknown(kind: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> s
     return f"unknown {kind} {name!r}; did you mean: {listed}?"
 
 
-def parse(arguments: Sequence[str], recipes: Mapping[str, Any], positional: str = "recipe") -> tuple[str | None, dict]:
+def parse(arguments: Sequence[str], positional: str = "recipe") -> tuple[str | None, dict]:
     """Splits a command line into its positional argument and the settings it changes.
 
     ``--field value``, ``--field=value``, several values for tuples, ``--flag`` / ``--no-flag`` for booleans, ``none``
     for None, ``--model.name value`` for one of ``model_args``, as text: see :func:`model_settings`. Dashes and
-    underscores in names are alike. ``--config FILE`` is returned as the key ``config``.
+    underscores in names are alike. ``--config FILE`` is returned as the key ``config``; ``--recipe NAME`` says the
+    positional argument where that is a recipe.
     """
     hints = typing.get_type_hints(Config) | {"config": str | None}
     first: str | None = None
@@ -206,6 +212,10 @@ def parse(arguments: Sequence[str], recipes: Mapping[str, Any], positional: str 
                 given, inline = "=", rest.pop(0)
             value = _convert(name, inline, bool) if given else True
             changes[name if wanted else name[3:]] = value is wanted
+        elif name == positional == "recipe":
+            if first is not None:
+                raise SettingError(f"--recipe: the recipe is given already, {first}")
+            first = inline if given else _next(rest, flag)
         elif hint is None or name == "recipe":
             known = {f"--{n}": f.metadata["doc"] for n, f in fields().items() if n != "recipe"} | {"--config": ""}
             raise SettingError(unknown("flag", "--" + flag, known))

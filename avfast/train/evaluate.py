@@ -228,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     with plain_warnings():
         try:
-            where, changes = parse(arguments, RECIPES, positional="run")
+            where, changes = parse(arguments, positional="run")
             if where is None:
                 raise SettingError(f"expected a run folder: {USAGE}")
             if unfit := {"config", "model", "model_args"} & set(changes):

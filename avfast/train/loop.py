@@ -159,7 +159,7 @@ def introduce(
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     precision = "fp32" if trainer.dtype is None else str(trainer.dtype).removeprefix("torch.")
     log.say(
-        f"{config.recipe}: {config.model} ({parameters:.1f}M parameters), {len(train)} clips, "
+        f"{config.name}: {config.model} ({parameters:.1f}M parameters), {len(train)} clips, "
         f"{len(held_out)} held out, {world_size()} x {config.batch_size} clips a step on {trainer.device} in "
         f"{precision}, {total} steps, run folder {out}"
     )

@@ -47,7 +47,7 @@ def run_folder(config: Config) -> Path:
     """The run folder, not made yet; the same on every process."""
 
     def choose() -> str:
-        out = Path(config.out or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+        out = Path(config.out or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if config.resume is None and checkpoint.complete(out / "checkpoints"):
             raise SettingError(f"--out {out} holds checkpoints: continue with --resume auto or choose another folder")
         return str(out)

@@ -59,12 +59,12 @@ def finish(
         "processes": world_size(),
         "device": str(trainer.device),
     }
-    title = f"{config.recipe}: {config.model} after {total} steps"
+    title = f"{config.name}: {config.model} after {total} steps"
     if config.pictures:
         paint(trainer, model, held_out, out, f"{title}, held-out clips")
     if parallel.rank() == 0:
         contrasted = min(config.batch_size * world_size(), len(train))
-        draw_losses(log.path, f"{config.recipe}: {config.model}", out / "loss.png", contrasted)
+        draw_losses(log.path, f"{config.name}: {config.model}", out / "loss.png", contrasted)
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if summary["diverged"]:
         raise RunError(f"{summary['diverged']}: the model has diverged and has no scores; the rest is in {out}")
