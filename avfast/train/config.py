@@ -1,4 +1,9 @@
-"""The settings of a run and how they are given on the command line."""
+"""The settings of a run and how they are given on the command line.
+
+The parser is written by hand. What decides against tyro and jsonargparse: ``--model.x`` changes one entry of a recipe's
+``model_args`` and takes its type from the constructor of the model that another setting names, in whatever order the
+two are given; tyro fixes types before it reads values, and jsonargparse asks for ``class_path`` and ``init_args``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -20,11 +26,25 @@ class SettingError(ValueError):
     """Something the user gave is wrong; the message says what and what was expected."""
 
 
-def setting(default: Any, text: str) -> Any:
-    """A dataclass field with its one-line documentation."""
+def setting(default: Any, text: str, low: float | None = None, high: float | None = None, *, free: bool = False) -> Any:
+    """A field of :class:`Config` which makes a run what it is: a resumed one keeps it.
+
+    Args:
+        default: its value; a dictionary is copied.
+        text: one line of documentation.
+        low: least value of a number, which then is finite.
+        high: largest.
+        free: see :func:`free`.
+    """
+    metadata = {"doc": text, "low": low, "high": high, "free": free}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"doc": text})
-    return dataclasses.field(default=default, metadata={"doc": text})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# A field that may change when a run is resumed: where it runs, how long, what it says, how it is judged. Which clips it
+# trains on is compared by the clips, not by these names of them.
+free = partial(setting, free=True)
 
 
 @dataclass(frozen=True)
@@ -32,98 +52,93 @@ class Config:
     """Every setting of a run. Recipes return one; ``--field value`` changes a field."""
 
     recipe: str = setting("demo", "name of the recipe these settings come from, or where it stands: file.py:function")
-    out: str | None = setting(None, "run folder (default: runs/<recipe>-<time>)")
-    resume: str | None = setting(
+    out: str | None = free(None, "run folder (default: runs/<recipe>-<time>)")
+    resume: str | None = free(
         None, "run or checkpoint folder to continue, with its settings; 'auto': what is in --out, or a fresh start"
     )
-    other_clips: bool = setting(False, "let --resume go on with other training clips than the checkpoint's")
-    seed: int = setting(0, "of weights, order, augmentation and masking")
+    other_clips: bool = free(False, "let --resume go on with other training clips than the checkpoint's")
+    seed: int = setting(0, "of weights, order, augmentation and masking", low=0, high=2**63)
 
-    data: tuple[str, ...] = setting(
-        (), "folders of media files or CAV-MAE JSON manifests; none: the built-in demo clips"
-    )
-    class_csv: str | None = setting(None, "classes of the manifests: index,mid,display_name")
-    weights_csv: tuple[str, ...] = setting((), "sampling weights, a CSV per manifest: clips drawn with replacement")
-    eval_data: tuple[str, ...] = setting((), "folders or manifests of held-out clips; none: eval_fraction of --data")
-    eval_fraction: float = setting(0.1, "share of --data held out, chosen by a hash of the clip's id")
-    demo_set: str = setting("tiny", "which built-in demo clips are made")
-    demo_clips: int | None = setting(None, "number of demo clips (default: the set's own)")
+    data: tuple[str, ...] = free((), "folders of media files or CAV-MAE JSON manifests; none: the built-in demo clips")
+    class_csv: str | None = free(None, "classes of the manifests: index,mid,display_name")
+    weights_csv: tuple[str, ...] = free((), "sampling weights, a CSV per manifest: clips drawn with replacement")
+    eval_data: tuple[str, ...] = free((), "folders or manifests of held-out clips; none: eval_fraction of --data")
+    eval_fraction: float = free(0.1, "share of --data held out, chosen by a hash of the clip's id", low=0, high=1)
+    demo_set: str = free("tiny", "which built-in demo clips are made")
+    demo_clips: int | None = free(None, "number of demo clips (default: the set's own)", low=1)
     crop_scale: tuple[float, float] = setting((0.2, 1.0), "area share of the random crop of training frames")
     shuffle_pairs: bool = setting(False, "control: train on the sound of one clip with the picture of another, fixed")
-    cache_media: bool = setting(False, "keep decoded clips in memory, so that each file is decoded once")
-    workers: int = setting(8, "processes per rank that decode clips; 0: in the training process")
-    max_bad_files: float = setting(0.05, "share of undecodable files beyond which the run ends")
+    cache_media: bool = free(False, "keep decoded clips in memory, so that each file is decoded once")
+    workers: int = free(8, "processes per rank that decode clips; 0: in the training process", low=0)
+    max_bad_files: float = free(0.05, "share of undecodable files beyond which the run ends", low=0, high=1)
 
     model: str = setting("avsiam_base", "name of a model: see python -m avfast.models")
     model_args: dict[str, Any] = setting(
         {}, "arguments of the model, as JSON or one by one: --model.mask_ratios '[0.5]'"
     )
-    timm: str | None = setting(None, "start from the weights of this timm Vision Transformer (timm downloads them)")
-    init_ast: str | None = setting(None, "start the encoder from this AST checkpoint file (in place of --timm)")
-    init_audio: str | None = setting(None, "start the audio transformer from this AudioMAE checkpoint file")
-    init_from: str | None = setting(None, "start from the weights of this checkpoint folder (not its optimiser)")
+    timm: str | None = free(None, "start from the weights of this timm Vision Transformer (timm downloads them)")
+    init_ast: str | None = free(None, "start the encoder from this AST checkpoint file (in place of --timm)")
+    init_audio: str | None = free(None, "start the audio transformer from this AudioMAE checkpoint file")
+    init_from: str | None = free(None, "start from the weights of this checkpoint folder (not its optimiser)")
 
-    epochs: float = setting(20.0, "passes over the training clips")
-    steps: int | None = setting(None, "optimiser steps, in place of epochs; 0: evaluate the untrained model")
-    batch_size: int = setting(96, "clips per process and forward pass")
-    accumulate: int = setting(1, "forward passes per optimiser step (adds no contrastive negatives)")
+    epochs: float = free(20.0, "passes over the training clips", low=0)
+    steps: int | None = free(None, "optimiser steps, in place of epochs; 0: evaluate the untrained model", low=0)
+    batch_size: int = free(96, "clips per process and forward pass", low=1)
+    accumulate: int = setting(1, "forward passes per optimiser step (adds no contrastive negatives)", low=1)
     optimizer: Literal["adam", "adamw"] = setting("adam", "adam adds weight decay to the gradient, adamw to the weight")
-    lr: float = setting(1e-4, "learning rate")
-    lr_batch: int | None = setting(None, "clips of a step that --lr is meant for; it grows in proportion to the own")
-    betas: tuple[float, float] = setting((0.95, 0.999), "of Adam")
-    weight_decay: float = setting(5e-7, "weight decay")
-    decay_1d: bool = setting(True, "decay biases, norms and other one-dimensional parameters too")
-    clip_grad: float | None = setting(None, "largest norm of the gradient")
-    schedule: Literal["step", "cosine"] = setting("step", "of the learning rate: steps by epochs, or one cosine")
-    warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
-    warmup_epochs: float = setting(0.0, "the same in epochs; the longer of the two counts")
-    unimodal_ramp: float = setting(
-        0.0, "share of training over which the learning rate of the model's unimodal parts rises from 0; 0: none"
+    lr: float = setting(1e-4, "learning rate", low=0)
+    lr_batch: int | None = setting(
+        None, "clips of a step that --lr is meant for; it grows in proportion to the own", low=1
     )
-    decay_start: float = setting(10.0, "step schedule: epochs before the first decay")
-    decay_every: float = setting(5.0, "step schedule: epochs between decays")
-    decay_rate: float = setting(0.5, "step schedule: factor of each decay")
-    min_lr: float = setting(0.0, "cosine schedule: learning rate at the end")
-    paper_batch: int | None = setting(
+    betas: tuple[float, float] = setting((0.95, 0.999), "of Adam")
+    weight_decay: float = setting(5e-7, "weight decay", low=0)
+    decay_1d: bool = setting(True, "decay biases, norms and other one-dimensional parameters too")
+    clip_grad: float | None = setting(None, "largest norm of the gradient", low=0)
+    schedule: Literal["step", "cosine"] = setting("step", "of the learning rate: steps by epochs, or one cosine")
+    warmup_steps: int = setting(0, "optimiser steps of linear warm-up", low=0)
+    warmup_epochs: float = setting(0.0, "the same in epochs; the longer of the two counts", low=0)
+    unimodal_ramp: float = setting(
+        0.0,
+        "share of training over which the learning rate of the model's unimodal parts rises from 0; 0: none",
+        low=0,
+        high=1,
+    )
+    decay_start: float = setting(10.0, "step schedule: epochs before the first decay", low=0)
+    decay_every: float = setting(5.0, "step schedule: epochs between decays", low=1e-9)
+    decay_rate: float = setting(0.5, "step schedule: factor of each decay", low=0)
+    min_lr: float = setting(0.0, "cosine schedule: learning rate at the end", low=0)
+    paper_batch: int | None = free(
         None, "clips of a step in the paper; a contrastive loss over far fewer is warned about"
     )
 
-    device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one, else cpu")
+    device: str = free("auto", "cpu, cuda, mps; auto: cuda where there is one, else cpu")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "of autocast; auto: bf16 where the GPU has it")
-    shard: Literal["none", "fsdp2"] = setting("none", "fsdp2: parameters sharded over processes, block by block")
-    compile: bool = setting(False, "torch.compile of the model's pass")
-    cuda_graph: bool = setting(False, "replay the pass as a CUDA graph; with and without --compile, one process")
-    checkpoint_activations: bool = setting(False, "recompute activations in the backward pass to save memory")
+    shard: Literal["none", "fsdp2"] = free("none", "fsdp2: parameters sharded over processes, block by block")
+    compile: bool = free(False, "torch.compile of the model's pass")
+    cuda_graph: bool = free(False, "replay the pass as a CUDA graph; with and without --compile, one process")
+    checkpoint_activations: bool = free(False, "recompute activations in the backward pass to save memory")
     deterministic: bool = setting(False, "deterministic kernels only; a run repeats bit for bit on one device")
 
-    log_every: int = setting(50, "steps between log lines")
-    checkpoint_every: int | None = setting(None, "steps between checkpoints (default: one per epoch)")
-    keep_checkpoints: int = setting(2, "newest checkpoints kept; 0: all")
-    tensorboard: bool = setting(True, "write TensorBoard events where tensorboard is installed")
-    pictures: int = setting(4, "held-out clips whose reconstruction is drawn at the end; 0: none")
-    evaluate: bool = setting(True, "retrieval, linear probe and nearest neighbours at the end")
-    eval_clips: int | None = setting(None, "at most so many held-out clips (the first by id hash)")
-    probe_clips: int = setting(20000, "at most so many training clips for the linear probe; 0: no probe")
-    neighbours_every: float | None = setting(
-        None, "epochs between the accuracies of nearest neighbours among the held-out clips in metrics.jsonl"
+    log_every: int = free(50, "steps between log lines", low=1)
+    checkpoint_every: int | None = free(None, "steps between checkpoints (default: one per epoch)", low=1)
+    keep_checkpoints: int = free(2, "newest checkpoints kept; 0: all", low=0)
+    tensorboard: bool = free(True, "write TensorBoard events where tensorboard is installed")
+    pictures: int = free(4, "held-out clips whose reconstruction is drawn at the end; 0: none", low=0)
+    evaluate: bool = free(True, "retrieval, linear probe and nearest neighbours at the end")
+    eval_clips: int | None = free(None, "at most so many held-out clips (the first by id hash)", low=2)
+    probe_clips: int = free(20000, "at most so many training clips for the linear probe; 0: no probe", low=0)
+    neighbours_every: float | None = free(
+        None, "epochs between the accuracies of nearest neighbours among the held-out clips in metrics.jsonl", low=1e-9
     )
-    probe_l2: float = setting(1e-2, "weight penalty of the linear probe")
-    group_parts: int = setting(0, "also rank among clips whose class names share so many first comma-separated parts")
+    probe_l2: float = free(1e-2, "weight penalty of the linear probe", low=0)
+    group_parts: int = free(
+        0, "also rank among clips whose class names share so many first comma-separated parts", low=0
+    )
 
     def __post_init__(self) -> None:
-        limits: dict[str, tuple[float, float | None]] = {
-            "eval_fraction": (0, 1), "max_bad_files": (0, 1), "seed": (0, 2**63), "decay_every": (1e-9, None),
-            "eval_clips": (2, None), "neighbours_every": (1e-9, None), "unimodal_ramp": (0, 1),
-        }  # fmt: skip
-        at_least_0 = (
-            "lr epochs steps workers keep_checkpoints pictures warmup_steps warmup_epochs clip_grad probe_clips "
-            "probe_l2 group_parts weight_decay decay_start decay_rate min_lr"
-        )
-        at_least_1 = "batch_size accumulate lr_batch log_every checkpoint_every demo_clips"
-        limits |= dict.fromkeys(at_least_0.split(), (0, None)) | dict.fromkeys(at_least_1.split(), (1, None))
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not (low <= value < inf and (high is None or value <= high)):
+        for name, field in fields().items():
+            value, low, high = getattr(self, name), field.metadata["low"], field.metadata["high"]
+            if low is not None and value is not None and not (low <= value < inf and (high is None or value <= high)):
                 bound = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise SettingError(f"--{name} {value}: expected a number {bound}")
         if not all(0 <= beta < 1 for beta in self.betas):

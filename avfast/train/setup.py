@@ -16,20 +16,10 @@ from torch import nn
 
 from avfast.distributed import world_size
 from avfast.train import checkpoint, parallel
-from avfast.train.config import Config, SettingError, model_settings
+from avfast.train.config import Config, SettingError, fields, model_settings
 
 if TYPE_CHECKING:
     from avfast.train.trainer import Trainer
-
-# Settings that may change when a run is resumed: where it runs, how long, what it says, how it is judged.
-FREE = {
-    "out", "resume", "epochs", "steps", "device", "workers", "cache_media", "shard", "checkpoint_activations",
-    "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "pictures", "evaluate", "eval_clips",
-    "probe_clips", "probe_l2", "neighbours_every", "group_parts", "max_bad_files", "eval_data", "timm", "init_ast",
-    "init_audio", "init_from", "batch_size", "paper_batch", "compile", "cuda_graph", "other_clips",
-    # which clips these give is compared, not how they are called
-    "data", "class_csv", "weights_csv", "eval_fraction", "demo_set", "demo_clips",
-}  # fmt: skip
 
 
 def seed_everything(config: Config) -> None:
@@ -81,7 +71,9 @@ def resume_point(config: Config, out: Path) -> Path | None:
 def check_same(config: Config, saved: dict[str, Any], path: Path) -> None:
     """Refuses to continue with settings that would make it another run."""
     old, new = saved["config"], json.loads(config.to_json())
-    changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if k not in FREE and old.get(k) != v]
+    changed = [
+        f"{k} {old.get(k)} -> {v}" for k, v in new.items() if not fields()[k].metadata["free"] and old.get(k) != v
+    ]
     batch = config.batch_size * world_size()
     if batch != saved["global_batch"]:
         changed.append(f"clips per forward pass over all processes {saved['global_batch']} -> {batch}")
