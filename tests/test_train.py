@@ -23,8 +23,8 @@ from avfast.train.__main__ import main
 from avfast.train.config import SettingError
 from avfast.train.log import Log, read_metrics
 from avfast.train.loop import run
-from avfast.train.monitor import RunError
 from avfast.train.recipes import demo
+from avfast.train.run import RunError
 from avfast.train.trainer import Trainer
 
 MODEL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}

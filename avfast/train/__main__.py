@@ -69,7 +69,8 @@ def main(arguments: Sequence[str]) -> int:
             return fail(error)
         return 0
     from avfast.train.loop import run
-    from avfast.train.monitor import RunError, Stopped
+    from avfast.train.monitor import Stopped
+    from avfast.train.run import RunError
 
     with plain_warnings():
         try:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterator
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -16,15 +13,15 @@ from typing import Any
 
 import torch
 
-from avfast.data.clip_list import ClipList
-from avfast.data.clips import BadFiles, Batch, ClipDataset, StepBatches, make_loader
+from avfast.data.clips import BadFiles, Batch, ClipDataset, Loader, StepBatches, make_loader
 from avfast.data.dataset import modalities
 from avfast.distributed import world_size
 from avfast.train import checkpoint, data, parallel
 from avfast.train.config import Config, SettingError
 from avfast.train.evaluate import Neighbours
 from avfast.train.log import Log
-from avfast.train.monitor import Signals, Stopped, Window, account
+from avfast.train.monitor import Meter, Signals, Stopped
+from avfast.train.run import Run
 from avfast.train.setup import (
     build_model,
     check_clips,
@@ -84,6 +81,21 @@ def is_empty(out: Path) -> bool:
 
 def _run(config: Config, device: torch.device, out: Path, signals: Signals) -> dict[str, Any]:
     """The run, once processes, device and run folder are known."""
+    run = prepare(config, device, out)
+    try:
+        introduce(run)
+        loader = open_clips(run)
+        speed = fit(run, iter(loader), signals)
+        short = len(set().union(*parallel.gather(loader.short)))
+        truncated = sorted(set().union(*parallel.gather(loader.truncated)))
+        found = {"clips_per_second": speed, "short_clips": short, "truncated_files": truncated}
+        return finish(run, found)
+    finally:
+        run.log.close()
+
+
+def prepare(config: Config, device: torch.device, out: Path) -> Run:
+    """The run before its first step. Its folder is made last, once nothing speaks against the run any more."""
     resumed = resume_point(config, out)
     if config.compile:
         check_compiler(device)
@@ -96,6 +108,14 @@ def _run(config: Config, device: torch.device, out: Path, signals: Signals) -> d
     found = parallel.first_only(lambda: modalities(train.clips))
     data.check_pairs(found, bool(getattr(trainer.model, "contrastive_weight", 0)))
     bad = BadFiles(len(train) + len(held_out), config.max_bad_files)
+    start, digest, others = 0, data.digest(train), False
+    if resumed is not None:
+        model_state, state = checkpoint.load(resumed)
+        check_same(config, state, resumed)
+        others = check_clips(config, state, digest, resumed)
+        trainer.load(model_state, state)
+        start = state["step"]
+        bad.reasons.update(state["bad_files"])
     batches = StepBatches(
         len(clips),
         config.batch_size * world_size(),
@@ -106,65 +126,29 @@ def _run(config: Config, device: torch.device, out: Path, signals: Signals) -> d
         weights=[clip.weight for clip in clips.clips] if config.weights_csv else None,
     )
     per_epoch = batches.steps_per_epoch / config.accumulate
-    total = ceil(config.epochs * per_epoch) if config.steps is None else config.steps
-    start, digest, others = 0, data.digest(train), False
-    if resumed is not None:
-        model_state, state = checkpoint.load(resumed)
-        check_same(config, state, resumed)
-        others = check_clips(config, state, digest, resumed)
-        trainer.load(model_state, state)
-        start = state["step"]
-        bad.reasons.update(state["bad_files"])
-    total = max(total, start)
+    total = max(ceil(config.epochs * per_epoch) if config.steps is None else config.steps, start)
+    batches.start_step, batches.steps = start * config.accumulate, total * config.accumulate
     open_folder(config, out)
     log = Log(out, total, start, config.tensorboard)
-    try:
-        introduce(trainer, train, held_out, log, total, start, out)
-        for line in dict.fromkeys((*train.notes, *held_out.notes, str(found))):
-            log.say(line)
-        if others:
-            log.say("the training clips are others than before, as --other_clips allows")
-        dataset = ClipDataset(
-            clips,
-            frontend=trainer.model.frontend,
-            train=True,
-            seed=config.seed,
-            cache=config.cache_media,
-            crop_scale=config.crop_scale,
-        )
-        batches.start_step, batches.steps = start * config.accumulate, total * config.accumulate
-        loader = make_loader(dataset, batches, config.workers, pin_memory=device.type == "cuda")
-        if config.cache_media and len(batches):
-            log.say("decoding all clips into memory")
-            failures = parallel.gather(dataset.warm(log.progress(len(dataset))))
-            account(bad, [failure for share in failures for failure in share], log)
-        probe = None
-        if config.neighbours_every and len(held_out) > 1 and held_out.class_names:
-            probe = Neighbours(config, held_out, trainer.model.frontend)
-        keep = partial(save, trainer, out, bad, digest)
-        speed = fit(trainer, clips, iter(loader), log, bad, keep, signals, start, total, per_epoch, probe)
-        short = len(set().union(*parallel.gather(loader.short)))
-        truncated = sorted(set().union(*parallel.gather(loader.truncated)))
-        files = {"short_clips": short, "truncated_files": truncated, "modalities": asdict(found)}
-        return finish(trainer, train, held_out, log, bad, out, total, speed, files)
-    finally:
-        log.close()
+    return Run(config, out, trainer, train, held_out, clips, found, digest, others, batches, start, total, bad, log)
 
 
-def introduce(
-    trainer: Trainer, train: ClipList, held_out: ClipList, log: Log, total: int, start: int, out: Path
-) -> None:
+def introduce(run: Run) -> None:
     """The first lines of a run."""
-    config = trainer.config
+    config, trainer, log = run.config, run.trainer, run.log
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     precision = "fp32" if trainer.dtype is None else str(trainer.dtype).removeprefix("torch.")
     log.say(
-        f"{config.name}: {config.model} ({parameters:.1f}M parameters), {len(train)} clips, "
-        f"{len(held_out)} held out, {world_size()} x {config.batch_size} clips a step on {trainer.device} in "
-        f"{precision}, {total} steps, run folder {out}"
+        f"{config.name}: {config.model} ({parameters:.1f}M parameters), {len(run.train)} clips, "
+        f"{len(run.held_out)} held out, {world_size()} x {config.batch_size} clips a step on {trainer.device} in "
+        f"{precision}, {run.total} steps, run folder {run.out}"
     )
-    if start:
-        log.say(f"continuing after step {start}")
+    if run.start:
+        log.say(f"continuing after step {run.start}")
+    for line in dict.fromkeys((*run.train.notes, *run.held_out.notes, str(run.modalities))):
+        log.say(line)
+    if run.other_clips:
+        log.say("the training clips are others than before, as --other_clips allows")
     gathered = config.batch_size * world_size()
     contrasts = getattr(trainer.model, "contrastive_weight", 0)
     if contrasts and config.paper_batch and gathered < config.paper_batch / 2 and parallel.rank() == 0:
@@ -175,62 +159,53 @@ def introduce(
         )
 
 
-def fit(
-    trainer: Trainer,
-    clips: ClipList,
-    loader: Iterator[Batch],
-    log: Log,
-    bad: BadFiles,
-    keep: Callable[[int], None],
-    signals: Signals,
-    start: int,
-    total: int,
-    per_epoch: float,
-    probe: Neighbours | None = None,
-) -> float | None:
+def open_clips(run: Run) -> Loader:
+    """What gives the batches of the steps; with ``cache_media`` once every clip is decoded."""
+    config = run.config
+    dataset = ClipDataset(
+        run.clips,
+        frontend=run.trainer.model.frontend,
+        train=True,
+        seed=config.seed,
+        cache=config.cache_media,
+        crop_scale=config.crop_scale,
+    )
+    loader = make_loader(dataset, run.batches, config.workers, pin_memory=run.trainer.device.type == "cuda")
+    if config.cache_media and len(run.batches):
+        run.log.say("decoding all clips into memory")
+        failures = parallel.gather(dataset.warm(run.log.progress(len(dataset))))
+        run.account([failure for share in failures for failure in share])
+    return loader
+
+
+def fit(run: Run, loader: Iterator[Batch], signals: Signals) -> float | None:
     """The training loop. Returns clips per second over all processes, probes and checkpoints left out."""
-    config = trainer.config
+    config, trainer, per_epoch = run.config, run.trainer, run.steps_per_epoch
+    probe = None
+    if config.neighbours_every and len(run.held_out) > 1 and run.held_out.class_names:
+        probe = Neighbours(config, run.held_out, trainer.model.frontend)
     every = config.checkpoint_every or max(round(per_epoch), 1)
     probe_every = max(round((config.neighbours_every or 0) * per_epoch), 1)
-    window = Window()
-    done, seconds = 0, 0.0
+    meter = Meter(run)
     signals.stepping = True
-    for step in range(start, total):
+    for step in range(run.start, run.total):
         batches = list(islice(loader, config.accumulate))
-        rate = learning_rate(config, step, per_epoch, total)
-        window.add(step + 1, trainer.step(batches, rate, unimodal_factor(config, step, total)), batches)
-        log.advance()
-        last = step + 1 == total
+        rate = learning_rate(config, step, per_epoch, run.total)
+        meter.add(step + 1, trainer.step(batches, rate, unimodal_factor(config, step, run.total)), batches)
+        run.log.advance()
+        last = step + 1 == run.total
         stopped = signals.asked(last)
         saves = (step + 1) % every == 0 or last or stopped
         probes = probe is not None and (step + 1) % probe_every == 0
         if saves or probes or (step + 1) % config.log_every == 0:
-            row = window.close(clips, bad, log)
-            done, seconds = done + row.pop("clips"), seconds + row.pop("seconds")
-            row |= {"lr": rate, "epoch": (step + 1) / per_epoch}
+            row = meter.close() | {"lr": rate, "epoch": (step + 1) / per_epoch}
             if probe is not None and probes:
                 row["neighbours"] = probe(whole_model(trainer), trainer.device)
-            log.record(step + 1, row)
+            run.log.record(step + 1, row)
             if saves:
-                keep(step + 1)
+                run.save(step + 1)
             if stopped:
                 raise KeyboardInterrupt
-            window = Window()  # the clock starts after probing and writing
+            meter.restart()
     signals.stepping = False
-    return done / seconds if seconds else None
-
-
-def save(trainer: Trainer, out: Path, bad: BadFiles, digest: str, step: int) -> None:
-    """A checkpoint of the whole run, written by rank 0."""
-    config = trainer.config
-    model = trainer.model_state()
-    state = trainer.state() | {
-        "step": step,
-        "config": json.loads(config.to_json()),
-        "global_batch": config.batch_size * world_size(),
-        "clips": digest,
-        "bad_files": bad.reasons,
-    }
-    parallel.first_only(
-        lambda: checkpoint.save(out / "checkpoints", step, model, state, config.keep_checkpoints) and None
-    )
+    return meter.clips_per_second

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from avfast.data.clips import BadFiles, ClipDataset, eval_loader
+from avfast.data.clips import ClipDataset, eval_loader
 from avfast.data.manifest import ClipList
 from avfast.distributed import world_size
 from avfast.train import data, parallel
 from avfast.train.evaluate import evaluate, nothing, table
-from avfast.train.log import Log
-from avfast.train.monitor import RunError, account
 from avfast.train.pictures import (
     Labels,
     draw_fusion,
@@ -24,46 +23,38 @@ from avfast.train.pictures import (
     fusion_maps,
     reconstructions,
 )
+from avfast.train.run import Run, RunError
 from avfast.train.setup import whole_model
 from avfast.train.trainer import Trainer
 
 CANDIDATES = 3  # clips from which each picture's row is chosen
 
 
-def finish(
-    trainer: Trainer,
-    train: ClipList,
-    held_out: ClipList,
-    log: Log,
-    bad: BadFiles,
-    out: Path,
-    total: int,
-    speed: float | None,
-    files: dict[str, Any],
-) -> dict[str, Any]:
-    """Evaluation, pictures and summary.json; ``files`` is what is known of the training clips' files."""
-    config, model = trainer.config, whole_model(trainer)
+def finish(run: Run, found: dict[str, Any]) -> dict[str, Any]:
+    """Evaluation, pictures and summary.json, which holds ``found`` too."""
+    config, trainer, log, out = run.config, run.trainer, run.log, run.out
+    model = whole_model(trainer)
     summary: dict[str, Any] = nothing()
     if config.evaluate:
-        summary, failures = evaluate(model, config, train, held_out, trainer.device)
-        account(bad, failures, log)
+        summary, failures = evaluate(model, config, run.train, run.held_out, trainer.device)
+        run.account(failures)
         log.say(table(summary))
     summary |= {
-        "clips_per_second": speed,
-        "steps": total,
-        "clips": {"train": len(train), "held_out": len(held_out)},
-        **files,
-        "bad_files": bad.summary(),
+        "steps": run.total,
+        "clips": {"train": len(run.train), "held_out": len(run.held_out)},
+        "modalities": asdict(run.modalities),
+        **found,
+        "bad_files": run.bad.summary(),
         "model": config.model,
         "recipe": config.recipe,
         "processes": world_size(),
         "device": str(trainer.device),
     }
-    title = f"{config.name}: {config.model} after {total} steps"
+    title = f"{config.name}: {config.model} after {run.total} steps"
     if config.pictures:
-        paint(trainer, model, held_out, out, f"{title}, held-out clips")
+        paint(trainer, model, run.held_out, out, f"{title}, held-out clips")
     if parallel.rank() == 0:
-        contrasted = min(config.batch_size * world_size(), len(train))
+        contrasted = min(config.batch_size * world_size(), len(run.train))
         draw_losses(log.path, f"{config.name}: {config.model}", out / "loss.png", contrasted)
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if summary["diverged"]:

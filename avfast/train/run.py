@@ -1,0 +1,89 @@
+"""One run: its settings, trainer, clips, folder, log, bad files and steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avfast.data.clip_list import ClipList
+from avfast.data.clips import BadFiles, Failure, StepBatches, TooManyBadFiles
+from avfast.data.dataset import Modalities
+from avfast.distributed import world_size
+from avfast.train import checkpoint, parallel
+from avfast.train.config import Config
+from avfast.train.log import Log
+from avfast.train.trainer import Trainer
+
+
+class RunError(RuntimeError):
+    """The run cannot go on: too many bad files, a loss or features that are not finite."""
+
+
+@dataclass
+class Run:
+    """A run that is ready for its next step.
+
+    Args:
+        config: its settings.
+        out: its folder.
+        trainer: model, optimisers and device.
+        train: the clips it trains on, as they are.
+        held_out: the clips it is judged by.
+        clips: ``train`` as it is stepped through, which differs where pairs are shuffled.
+        modalities: what ``train`` holds.
+        digest: of ``train``.
+        other_clips: whether they are others than those of the checkpoint it goes on from.
+        batches: of all steps that are left.
+        start: optimiser steps done before.
+        total: of the whole run.
+        bad: files that could not be decoded.
+        log: its lines and metrics.
+    """
+
+    config: Config
+    out: Path
+    trainer: Trainer
+    train: ClipList
+    held_out: ClipList
+    clips: ClipList
+    modalities: Modalities
+    digest: str
+    other_clips: bool
+    batches: StepBatches
+    start: int
+    total: int
+    bad: BadFiles
+    log: Log
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps of a pass over the clips."""
+        return self.batches.steps_per_epoch / self.config.accumulate
+
+    def account(self, failures: list[Failure]) -> None:
+        """Names each bad file once; ``failures`` are those of all processes.
+
+        Raises:
+            RunError: there are too many.
+        """
+        for failure in self.bad.add(failures):
+            self.log.say(f"bad file {failure.path}: {failure.reason}")
+        try:
+            self.bad.check()
+        except TooManyBadFiles as error:
+            raise RunError(f"--max_bad_files: {error}") from None
+
+    def save(self, step: int) -> None:
+        """A checkpoint of everything after ``step`` optimiser steps, written by rank 0; every process must call it."""
+        model = self.trainer.model_state()
+        state: dict[str, Any] = self.trainer.state() | {
+            "step": step,
+            "config": json.loads(self.config.to_json()),
+            "global_batch": self.config.batch_size * world_size(),
+            "clips": self.digest,
+            "bad_files": self.bad.reasons,
+        }
+        folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
+        parallel.first_only(lambda: checkpoint.save(folder, step, model, state, keep) and None)
