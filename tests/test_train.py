@@ -16,19 +16,20 @@ import numpy as np
 import pytest
 import torch
 
+from avfast import flops
 from avfast.data.demo import build
 from avfast.models import create_model
-from avfast.train import checkpoint, data, parallel
+from avfast.train import checkpoint, data, parallel, speed
 from avfast.train.__main__ import main
 from avfast.train.config import SettingError
-from avfast.train.log import Log, read_metrics
+from avfast.train.log import Log, read_metrics, short
 from avfast.train.loop import run
 from avfast.train.recipes import demo
 from avfast.train.run import RunError
 from avfast.train.trainer import Trainer
 
 MODEL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
-QUIET = {"tensorboard": False, "pictures": 0, "evaluate": False, "log_every": 1}
+QUIET = {"tensorboard": False, "count_flops": False, "pictures": 0, "evaluate": False, "log_every": 1}
 
 
 @pytest.fixture(scope="session")
@@ -192,12 +193,13 @@ def test_two_processes_equal_one(shard, tmp_path, clips, mixed):
     one = replace(one, steps=20, batch_size=18, accumulate=2, max_bad_files=0.5, lr=3e-3, neighbours_every=10.0)
     with pytest.warns(UserWarning, match="batches of 17"):
         run(one)
-    two = replace(one, out=str(tmp_path / "two"), batch_size=9, shard=shard)
+    two = replace(one, out=str(tmp_path / "two"), batch_size=9, shard=shard, count_flops=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", "-m", "avfast.train", *arguments(two)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert found.returncode == 0, found.stdout + found.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert all({"data_wait", "mfu"} < set(row) for row in read_metrics(tmp_path / "two/metrics.jsonl"))
     assert losses(tmp_path / "one")[-1] < 0.9 * losses(tmp_path / "one")[0]  # it did train
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
     assert summaries[0]["bad_files"] == summaries[1]["bad_files"]
@@ -501,6 +503,42 @@ def test_shuffled_pairs_never_match(clips):
     assert sorted(c.video_path for c in mixed.clips) == sorted(c.video_path for c in every.clips)
     assert all(c.audio_path != c.video_path for c in mixed.clips)
     assert all(c.video_path.endswith(f"{c.id}.mp4") for c in mixed.clips)
+
+
+def test_each_line_says_how_fast_the_run_is(tmp_path, clips, plain, capsys):
+    config = settings(tmp_path / "run", clips, count_flops=True)
+    run(replace(config, model_args=MODEL | {"objective": "released"}))
+    speed.matmul_rate.cache_clear()
+    run(replace(config, out=str(tmp_path / "again")))  # counts FLOPs and measures without a draw of the run's own
+    assert losses(tmp_path / "again") == losses(plain)
+    rows = read_metrics(tmp_path / "again/metrics.jsonl")
+    model = create_model("avsiam_tiny", **MODEL)
+    size = model.img_size
+    step = flops.count(model, torch.randn(4, *model.audio_size), torch.randn(4, 3, size, size), backward=True)
+    for row in rows:
+        assert row["flops_per_second"] == pytest.approx(step / 4 * row["clips_per_second"])
+        assert row["mfu"] > 0 and 0 <= row["data_wait"] < 1 and 1e8 < row["peak_memory"] < 1e11
+    printed = capsys.readouterr().out.splitlines()
+    assert "on cpu in fp32, every op by reference, matmul " in printed[0] and max(map(len, printed[:1])) <= 120
+    lines = [line for line in printed if line.startswith("step ")]
+    assert len(lines) == 8 and max(map(len, lines)) <= 120
+    assert all(word in lines[0] for word in (" clips/s  mfu ", "%  wait ", " GB  eta "))
+
+
+def test_a_model_that_cannot_be_counted_trains_without_flops(tmp_path, clips, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("asks for values")
+
+    monkeypatch.setattr(flops, "count", refuse)
+    monkeypatch.setattr(speed, "_known", {})
+    with pytest.warns(UserWarning, match="no FLOP/s: avsiam_tiny cannot be counted on meta: asks for values"):
+        run(settings(tmp_path / "run", clips, count_flops=True))
+    assert all("clips_per_second" in row and "mfu" not in row for row in read_metrics(tmp_path / "run/metrics.jsonl"))
+
+
+def test_losses_in_few_columns():
+    losses = {"contrastive": 2.16234, "reconstruction_audio": 1.5, "reconstruction_visual": 0.25, "audio": 3.0}
+    assert short(4.0, losses) == "loss 4  contrastive 2.162  reconstruction a 1.5 v 0.25  audio 3"
 
 
 def test_the_log_says_names_that_are_no_utf8(tmp_path, monkeypatch):

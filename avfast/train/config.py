@@ -120,6 +120,7 @@ class Config:
     deterministic: bool = setting(False, "deterministic kernels only; a run repeats bit for bit on one device")
 
     log_every: int = free(50, "steps between log lines", low=1)
+    count_flops: bool = free(True, "FLOP/s in the log, beside a matmul rate measured at the start; a second or two")
     checkpoint_every: int | None = free(None, "steps between checkpoints (default: one per epoch)", low=1)
     keep_checkpoints: int = free(2, "newest checkpoints kept; 0: all", low=0)
     tensorboard: bool = free(True, "write TensorBoard events where tensorboard is installed")

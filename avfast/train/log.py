@@ -101,7 +101,12 @@ class Log:
             self.bar.update()
 
     def record(self, step: int, row: dict[str, Any]) -> None:
-        """One row of metrics.jsonl and its line. ``row``: loss, losses, lr, clips_per_second, epoch, neighbours."""
+        """One row of metrics.jsonl, and its line, which leaves out what does not change fast.
+
+        Args:
+            step: optimiser steps done.
+            row: what :meth:`avfast.train.monitor.Meter.close` gives, with lr, epoch and, where probed, neighbours.
+        """
         if not self.active:
             return
         with self.path.open("a") as file:
@@ -112,10 +117,11 @@ class Log:
             for name, value in (plain | row["losses"] | found).items():
                 self.events.add_scalar(name, value, step)
         left = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
-        parts = "  ".join(f"{name} {value:.4f}" for name, value in row["losses"].items())
+        eta = f"{int(left // 60)}:{int(left % 60):02d}"
+        mfu = f"mfu {row['mfu']:.0%}  " if "mfu" in row else ""
         self.say(
-            f"step {step}/{self.total}  epoch {row['epoch']:.1f}  loss {row['loss']:.4f}  {parts}  lr {row['lr']:.2e}  "
-            f"{row['clips_per_second']:.1f} clips/s  eta {int(left // 60)}:{int(left % 60):02d}"
+            f"step {step}/{self.total}  {short(row['loss'], row['losses'])}  {row['clips_per_second']:.1f} clips/s  "
+            f"{mfu}wait {row['data_wait']:.0%}  {row['peak_memory'] / 1e9:.1f} GB  eta {eta}"
         )
         if near := row.get("neighbours"):
             scores = "  ".join(f"{name} {near[name]:.1%}" for name in near if name != "score")
@@ -128,6 +134,19 @@ class Log:
             self.bar = None
         if self.events is not None:
             self.events.close()
+
+
+def short(loss: float, losses: dict[str, float]) -> str:
+    """Losses in few columns; what the names of a pair share is said once: ``reconstruction a 0.52 v 0.41``."""
+    parts, before = [f"loss {loss:.4g}"], ""
+    for name, value in losses.items():
+        stem, _, modality = name.rpartition("_")
+        if not stem or modality not in ("audio", "visual"):
+            stem, modality = name, ""
+        text = f"{modality[:1]} {value:.4g}".strip()
+        parts.append(f" {text}" if stem == before else f"  {stem} {text}")
+        before = stem
+    return "".join(parts)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

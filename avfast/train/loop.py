@@ -6,7 +6,6 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
-from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from avfast.train.setup import (
     seed_everything,
     whole_model,
 )
+from avfast.train.speed import backends, matmul_rate
 from avfast.train.summary import finish
 from avfast.train.trainer import Trainer, learning_rate, unimodal_factor
 
@@ -128,9 +128,13 @@ def prepare(config: Config, device: torch.device, out: Path) -> Run:
     per_epoch = batches.steps_per_epoch / config.accumulate
     total = max(ceil(config.epochs * per_epoch) if config.steps is None else config.steps, start)
     batches.start_step, batches.steps = start * config.accumulate, total * config.accumulate
+    backends(device)  # raises where the named one cannot run
+    rate = sum(parallel.gather(matmul_rate(device, trainer.dtype))) if config.count_flops else None
     open_folder(config, out)
     log = Log(out, total, start, config.tensorboard)
-    return Run(config, out, trainer, train, held_out, clips, found, digest, others, batches, start, total, bad, log)
+    return Run(
+        config, out, trainer, train, held_out, clips, found, digest, others, batches, start, total, bad, log, rate
+    )
 
 
 def introduce(run: Run) -> None:
@@ -138,10 +142,14 @@ def introduce(run: Run) -> None:
     config, trainer, log = run.config, run.trainer, run.log
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     precision = "fp32" if trainer.dtype is None else str(trainer.dtype).removeprefix("torch.")
+    rate = f", matmul {run.matmul_rate / 1e12:.3g} TFLOP/s" if run.matmul_rate else ""
     log.say(
-        f"{config.name}: {config.model} ({parameters:.1f}M parameters), {len(run.train)} clips, "
-        f"{len(run.held_out)} held out, {world_size()} x {config.batch_size} clips a step on {trainer.device} in "
-        f"{precision}, {run.total} steps, run folder {run.out}"
+        f"{config.name}: {config.model} ({parameters:.1f}M parameters) on {trainer.device} in {precision}, "
+        f"{backends(trainer.device)}{rate}"
+    )
+    log.say(
+        f"{len(run.train)} clips, {len(run.held_out)} held out, {world_size()} x {config.batch_size} clips a step, "
+        f"{run.total} steps, run folder {run.out}"
     )
     if run.start:
         log.say(f"continuing after step {run.start}")
@@ -189,9 +197,9 @@ def fit(run: Run, loader: Iterator[Batch], signals: Signals) -> float | None:
     meter = Meter(run)
     signals.stepping = True
     for step in range(run.start, run.total):
-        batches = list(islice(loader, config.accumulate))
+        batches = meter.take(loader)
         rate = learning_rate(config, step, per_epoch, run.total)
-        meter.add(step + 1, trainer.step(batches, rate, unimodal_factor(config, step, run.total)), batches)
+        meter.add(step + 1, trainer.step(batches, rate, unimodal_factor(config, step, run.total)))
         run.log.advance()
         last = step + 1 == run.total
         stopped = signals.asked(last)

@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from itertools import islice
 from types import FrameType
 from typing import Any
 
@@ -17,6 +19,7 @@ from avfast.data.clips import Batch, Failure
 from avfast.distributed import world_size
 from avfast.train import parallel
 from avfast.train.run import Run, RunError
+from avfast.train.speed import Work, peak_memory
 
 
 class Stopped(KeyboardInterrupt):
@@ -84,21 +87,36 @@ class Meter:
 
     def __init__(self, run: Run) -> None:
         self.run, self.clips, self.seconds = run, 0, 0.0
+        self.work = Work(run.trainer)
         self.restart()
 
     def restart(self) -> None:
         """From here on time counts."""
         self.rows: list[tuple[int, dict[str, torch.Tensor], list[int]]] = []
         self.failures: list[Failure] = []
-        self.began = time.perf_counter()
+        self.waited, self.began = 0.0, time.perf_counter()
 
-    def add(self, step: int, losses: dict[str, torch.Tensor], batches: list[Batch]) -> None:
-        """One step of this process."""
-        self.rows.append((step, losses, [int(i) for batch in batches for i in batch.index]))
-        self.failures += [failure for batch in batches for failure in batch.failures]
+    def take(self, loader: Iterator[Batch]) -> list[Batch]:
+        """The batches of the next step. The host waits for them; a GPU works on the step before meanwhile."""
+        began = time.perf_counter()
+        self.batches = list(islice(loader, self.run.config.accumulate))
+        self.waited += time.perf_counter() - began
+        return self.batches
+
+    def add(self, step: int, losses: dict[str, torch.Tensor]) -> None:
+        """One step of this process, on the batches taken last."""
+        self.rows.append((step, losses, [int(i) for batch in self.batches for i in batch.index]))
+        self.failures += [failure for batch in self.batches for failure in batch.failures]
 
     def close(self) -> dict[str, Any]:
-        """Means over the steps and processes. Raises RunError for a loss that is not finite."""
+        """A row of metrics.jsonl: means over the steps and processes, and the speed of all processes.
+
+        ``data_wait`` is the share of time that the process which waits most waits for clips, ``peak_memory`` the most
+        bytes of one process; ``flops_per_second`` and ``mfu``, its share of the matmul rate, are there where known.
+
+        Raises:
+            RunError: a loss is not finite.
+        """
         names = list(self.rows[-1][1])
         values = torch.stack([torch.stack([row[name] for name in names]) for _, row, _ in self.rows]).cpu()
         broken = [
@@ -106,18 +124,23 @@ class Meter:
             for (step, _, index), row in zip(self.rows, values, strict=True)
             if not torch.isfinite(row).all()
         ]
-        shares = parallel.gather(
-            (values.double().mean(0).tolist(), sum(len(i) for *_, i in self.rows), self.failures, broken[:1])
-        )
+        own = values.double().mean(0).tolist(), sum(len(i) for *_, i in self.rows)
+        shares = parallel.gather((*own, self.failures, broken[:1], self.waited, peak_memory(self.run.trainer.device)))
         seconds = time.perf_counter() - self.began
-        self.run.account([failure for share in shares for failure in share[2]])
-        if found := [(*broken[0], rank) for rank, (*_, broken) in enumerate(shares) if broken]:
+        losses, counts, failures, nonfinite, waited, memory = zip(*shares, strict=True)
+        self.run.account([failure for share in failures for failure in share])
+        if found := [(*broken[0], rank) for rank, broken in enumerate(nonfinite) if broken]:
             step, value, ids, rank = min(found)
             raise RunError(f"step {step}: the loss is {value}, not finite, on rank {rank} with clips {', '.join(ids)}")
-        means = dict(zip(names, np.mean([share[0] for share in shares], 0).tolist(), strict=True))
-        clips = sum(share[1] for share in shares)
+        means = dict(zip(names, np.mean(losses, 0).tolist(), strict=True))
+        clips = sum(counts)
         self.clips, self.seconds = self.clips + clips, self.seconds + seconds
-        return {"loss": means.pop("loss"), "losses": means, "clips_per_second": clips / seconds}
+        row = {"loss": means.pop("loss"), "losses": means, "clips_per_second": clips / seconds}
+        row |= {"data_wait": max(waited) / seconds, "peak_memory": max(memory)}
+        rate = self.run.matmul_rate
+        if parallel.rank() == 0 and rate and (each := self.work.per_clip(self.batches[-1])):
+            row |= {"flops_per_second": each * clips / seconds, "mfu": each * clips / seconds / rate}
+        return row
 
     @property
     def clips_per_second(self) -> float | None:

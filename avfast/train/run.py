@@ -40,6 +40,7 @@ class Run:
         total: of the whole run.
         bad: files that could not be decoded.
         log: its lines and metrics.
+        matmul_rate: FLOP/s of matrix products on the devices of all processes; None where FLOPs are not counted.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class Run:
     total: int
     bad: BadFiles
     log: Log
+    matmul_rate: float | None
 
     @property
     def steps_per_epoch(self) -> float:

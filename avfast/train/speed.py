@@ -1,0 +1,114 @@
+"""How fast a run is beside what its device can do."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+import warnings
+from functools import cache
+
+import torch
+
+from avfast import backend, flops
+from avfast.data.clips import Batch
+from avfast.distributed import alone
+from avfast.train import parallel
+from avfast.train.config import SettingError
+from avfast.train.trainer import Trainer
+
+SIGNATURES = 8  # make-ups of a batch whose FLOPs are counted; the clips of others cost what these do on average
+_known: dict[tuple, int | None] = {}  # FLOPs by model and make-up of a batch
+
+
+def backends(device: torch.device) -> str:
+    """Which implementation of the ops that have several runs on a device.
+
+    Raises:
+        SettingError: the one that ``AVFAST_BACKEND`` names cannot run there.
+    """
+    try:
+        every, named = backend.which(device), backend.get_backend()
+    except RuntimeError as error:
+        raise SettingError(str(error)) from None
+    attention = named if named in backend.ATTENTION_LIBRARIES else every
+    return f"every op by {every}" if attention == every else f"packed_attention by {attention}, other ops by {every}"
+
+
+@cache
+def matmul_rate(device: torch.device, dtype: torch.dtype | None) -> float:
+    """FLOP/s of one large square product in ``dtype`` (None: float32), measured once a process in well under a second.
+
+    The product is the smallest that takes 5 ms, of at most 8192 rows, and the best of three counts.
+    """
+    generator = torch.Generator(device).manual_seed(0)  # the run's own generators stay as they are
+    rows = 256
+    while True:
+        a = torch.randn(rows, rows, device=device, generator=generator).to(dtype or torch.float32)
+        seconds = []
+        for _ in range(4):
+            began = time.perf_counter()
+            _ = (a @ a)[0, 0].item()  # waits for the device
+            seconds.append(time.perf_counter() - began)
+        best = min(seconds[1:])  # the first one chooses an algorithm
+        if best > 5e-3 or rows >= 8192:
+            break
+        rows *= 2
+    del a
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # this is not the run's
+    return 2 * rows**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held at once so far: of tensors on a CUDA device, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Work:
+    """FLOPs of an optimiser step for each of its clips: forward and backward passes without any recomputation.
+
+    They are counted by a copy of the model on ``meta``, once for each make-up of a batch (clips, and how many have
+    audio and visual), of the first few.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.counted: dict[tuple[int, int, int], float] = {}
+
+    def per_clip(self, batch: Batch) -> float | None:
+        """Of a batch like this one; None where the model cannot run on ``meta``, which is warned about once."""
+        key = (len(batch), int(batch.has_audio.sum()), int(batch.has_visual.sum()))
+        if key not in self.counted and len(batch) and len(self.counted) < SIGNATURES:
+            count = self._count(batch, key)
+            if count is None:
+                return None
+            self.counted[key] = count / len(batch)
+        found = self.counted.get(key)
+        return found or (sum(self.counted.values()) / len(self.counted) if self.counted else None)
+
+    def _count(self, batch: Batch, key: tuple[int, int, int]) -> int | None:
+        from avfast.models import create_model
+
+        config = self.trainer.config
+        place = (config.model, json.dumps(config.model_args, sort_keys=True), key)
+        if place in _known:
+            return _known[place]
+        try:
+            with alone(), torch.random.fork_rng(devices=[]):
+                with torch.device("meta"):
+                    model = create_model(config.model, **config.model_args).train()
+                total = 0
+                for branch in model.branches:
+                    audio, visual, draws = (x.to("meta") for x in self.trainer.inputs(batch, branch))
+                    total += flops.count(model, audio, visual, draws, backward=True)
+        except Exception as error:  # a user's own model may ask for values; a figure of speed is worth no run
+            _known[place] = None
+            if parallel.rank() == 0:
+                warnings.warn(f"no FLOP/s: {config.model} cannot be counted on meta: {error}", stacklevel=2)
+            return None
+        _known[place] = total
+        return total
