@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from avfast import flops
+from avfast import backend, flops
 from avfast.data.demo import build
 from avfast.models import create_model
 from avfast.train import checkpoint, data, parallel, speed
@@ -522,7 +522,7 @@ def test_each_line_says_how_fast_the_run_is(tmp_path, clips, plain, capsys):
     assert "on cpu in fp32, every op by reference, matmul " in printed[0] and max(map(len, printed[:1])) <= 120
     lines = [line for line in printed if line.startswith("step ")]
     assert len(lines) == 8 and max(map(len, lines)) <= 120
-    assert all(word in lines[0] for word in (" clips/s  mfu ", "%  wait ", " GB  eta "))
+    assert all(word in lines[0] for word in (" clips/s mfu ", "% wait ", " GB  eta "))
 
 
 def test_a_model_that_cannot_be_counted_trains_without_flops(tmp_path, clips, monkeypatch):
@@ -530,10 +530,24 @@ def test_a_model_that_cannot_be_counted_trains_without_flops(tmp_path, clips, mo
         raise RuntimeError("asks for values")
 
     monkeypatch.setattr(flops, "count", refuse)
-    monkeypatch.setattr(speed, "_known", {})
     with pytest.warns(UserWarning, match="no FLOP/s: avsiam_tiny cannot be counted on meta: asks for values"):
         run(settings(tmp_path / "run", clips, count_flops=True))
     assert all("clips_per_second" in row and "mfu" not in row for row in read_metrics(tmp_path / "run/metrics.jsonl"))
+
+
+def test_the_first_line_names_the_backends(tmp_path, clips):
+    before, cpu = backend.get_backend(), torch.device("cpu")
+    try:
+        backend.set_backend("reference")
+        assert speed.backends(cpu) == "every op by reference"
+        backend.set_backend("varlen")
+        assert speed.backends(cpu).startswith("packed_attention by varlen, other ops by ")
+        backend.set_backend("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            with pytest.raises(SettingError, match="AVFAST_BACKEND=triton: "):
+                run(settings(tmp_path / "run", clips))
+    finally:
+        backend.set_backend(before)
 
 
 def test_losses_in_few_columns():

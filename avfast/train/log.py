@@ -118,10 +118,11 @@ class Log:
                 self.events.add_scalar(name, value, step)
         left = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
         eta = f"{int(left // 60)}:{int(left % 60):02d}"
-        mfu = f"mfu {row['mfu']:.0%}  " if "mfu" in row else ""
+        speed = f"{row['clips_per_second']:.{0 if row['clips_per_second'] > 99 else 1}f} clips/s "
+        speed += f"mfu {row['mfu']:.0%} " if "mfu" in row else ""
         self.say(
-            f"step {step}/{self.total}  {short(row['loss'], row['losses'])}  {row['clips_per_second']:.1f} clips/s  "
-            f"{mfu}wait {row['data_wait']:.0%}  {row['peak_memory'] / 1e9:.1f} GB  eta {eta}"
+            f"step {step}/{self.total}  {short(row['loss'], row['losses'])}  {speed}"
+            f"wait {row['data_wait']:.0%} {row['peak_memory'] / 1e9:.1f} GB  eta {eta}"
         )
         if near := row.get("neighbours"):
             scores = "  ".join(f"{name} {near[name]:.1%}" for name in near if name != "score")

@@ -97,6 +97,7 @@ def _run(config: Config, device: torch.device, out: Path, signals: Signals) -> d
 def prepare(config: Config, device: torch.device, out: Path) -> Run:
     """The run before its first step. Its folder is made last, once nothing speaks against the run any more."""
     resumed = resume_point(config, out)
+    backends(device)  # raises where the named one cannot run
     if config.compile:
         check_compiler(device)
     # before the clips: lists of millions take minutes
@@ -128,13 +129,13 @@ def prepare(config: Config, device: torch.device, out: Path) -> Run:
     per_epoch = batches.steps_per_epoch / config.accumulate
     total = max(ceil(config.epochs * per_epoch) if config.steps is None else config.steps, start)
     batches.start_step, batches.steps = start * config.accumulate, total * config.accumulate
-    backends(device)  # raises where the named one cannot run
     rate = sum(parallel.gather(matmul_rate(device, trainer.dtype))) if config.count_flops else None
     open_folder(config, out)
     log = Log(out, total, start, config.tensorboard)
     return Run(
-        config, out, trainer, train, held_out, clips, found, digest, others, batches, start, total, bad, log, rate
-    )
+        config, out, trainer, train, held_out, clips, modalities=found, digest=digest, other_clips=others,
+        batches=batches, start=start, total=total, bad=bad, log=log, matmul_rate=rate,
+    )  # fmt: skip
 
 
 def introduce(run: Run) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 
 from avfast import backend, flops
 from avfast.data.clips import Batch
 from avfast.distributed import alone
-from avfast.train import parallel
 from avfast.train.config import SettingError
 from avfast.train.trainer import Trainer
 
-SIGNATURES = 8  # make-ups of a batch whose FLOPs are counted; the clips of others cost what these do on average
-_known: dict[tuple, int | None] = {}  # FLOPs by model and make-up of a batch
+MAKE_UPS = 8  # of a batch: so many are counted
 
 
 def backends(device: torch.device) -> str:
@@ -71,44 +69,35 @@ def peak_memory(device: torch.device) -> int:
 class Work:
     """FLOPs of an optimiser step for each of its clips: forward and backward passes without any recomputation.
 
-    They are counted by a copy of the model on ``meta``, once for each make-up of a batch (clips, and how many have
-    audio and visual), of the first few.
+    A copy of the model on ``meta`` counts them, once for each make-up of a batch: its clips, and how many of them have
+    audio and visual. Of the first few make-ups, that is; clips of others are taken to cost what these do on average.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.counted: dict[tuple[int, int, int], float] = {}
+        self.known: dict[Any, float] = {}
 
-    def per_clip(self, batch: Batch) -> float | None:
-        """Of a batch like this one; None where the model cannot run on ``meta``, which is warned about once."""
+    def per_clip(self, batch: Batch) -> float:
+        """Of a batch like this one; 0 where the model cannot run on ``meta``, which is warned about once."""
         key = (len(batch), int(batch.has_audio.sum()), int(batch.has_visual.sum()))
-        if key not in self.counted and len(batch) and len(self.counted) < SIGNATURES:
-            count = self._count(batch, key)
-            if count is None:
-                return None
-            self.counted[key] = count / len(batch)
-        found = self.counted.get(key)
-        return found or (sum(self.counted.values()) / len(self.counted) if self.counted else None)
+        if key not in self.known and len(batch) and len(self.known) < MAKE_UPS:
+            try:
+                self.known[key] = self.count(batch) / len(batch)
+            except Exception as error:  # a user's own model may ask for values; no run ends for a figure of speed
+                name = self.trainer.config.model
+                warnings.warn(f"no FLOP/s: {name} cannot be counted on meta: {error}", stacklevel=2)
+                self.known = dict.fromkeys(range(MAKE_UPS), 0.0)
+        return self.known.get(key, sum(self.known.values()) / max(len(self.known), 1))
 
-    def _count(self, batch: Batch, key: tuple[int, int, int]) -> int | None:
+    def count(self, batch: Batch) -> int:
+        """FLOPs of a step on one batch. The other processes need not call it."""
         from avfast.models import create_model
 
-        config = self.trainer.config
-        place = (config.model, json.dumps(config.model_args, sort_keys=True), key)
-        if place in _known:
-            return _known[place]
-        try:
-            with alone(), torch.random.fork_rng(devices=[]):
-                with torch.device("meta"):
-                    model = create_model(config.model, **config.model_args).train()
-                total = 0
-                for branch in model.branches:
-                    audio, visual, draws = (x.to("meta") for x in self.trainer.inputs(batch, branch))
-                    total += flops.count(model, audio, visual, draws, backward=True)
-        except Exception as error:  # a user's own model may ask for values; a figure of speed is worth no run
-            _known[place] = None
-            if parallel.rank() == 0:
-                warnings.warn(f"no FLOP/s: {config.model} cannot be counted on meta: {error}", stacklevel=2)
-            return None
-        _known[place] = total
+        config, total = self.trainer.config, 0
+        with alone(), torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                model = create_model(config.model, **config.model_args).train()
+            for branch in model.branches:
+                inputs = (x.to("meta") for x in self.trainer.inputs(batch, branch))
+                total += flops.count(model, *inputs, backward=True)
         return total
