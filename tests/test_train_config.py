@@ -32,15 +32,6 @@ def test_recipes_survive_json(name, tmp_path):
     assert resolve(["--config", str(tmp_path / "config.json")]) == recipe
 
 
-def test_published_settings():
-    """Tables 4-6 of the supplement; GPUs x batch is 1536 in each."""
-    for name, batch, gpus in (("base", 96, 16), ("large", 48, 32), ("huge", 24, 64)):
-        recipe = RECIPES[f"avsiam_{name}_pretrain"]()
-        assert (recipe.batch_size, recipe.batch_size * gpus) == (batch, recipe.paper_batch)
-        assert (recipe.optimizer, recipe.lr, recipe.betas, recipe.weight_decay) == ("adam", 1e-4, (0.95, 0.999), 5e-7)
-        assert (recipe.decay_start, recipe.decay_rate, recipe.decay_every, recipe.epochs) == (10, 0.5, 5, 20)
-
-
 def test_step_decay_is_multi_step_lr():
     import torch
 
