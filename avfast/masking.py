@@ -1,9 +1,5 @@
 """Which patches are kept.
 
-Every random choice is named by a :class:`DrawKey` (seed, step, position of the sample in the global batch) and drawn
-from a counter-based generator, so the outcome does not depend on how a batch is split over processes or on what was
-drawn before.
-
 Multi-ratio masking (AVSiam, section "Multi-Ratio Random Masking"): the instances of a batch are masked at different
 ratios from a fixed list. Samples are dealt to ratios within fixed blocks of consecutive positions, one block per
 length of the list, and each block uses every ratio once for audio and once for visual. Only *which* instance gets
@@ -12,7 +8,6 @@ which pair of ratios is random, so the number of kept tokens is the same at ever
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -23,6 +18,7 @@ import torch
 from torch import Tensor
 
 from avfast.packing import PackedTokens
+from avfast.random import DrawKey
 from avfast.tensors import to_device
 
 if TYPE_CHECKING:
@@ -42,63 +38,6 @@ def check_ratio(ratio: float) -> float:
 def num_kept(num_patches: int, ratio: float) -> int:
     """``floor(num_patches * (1 - ratio))``, exact for decimal ratios: 100 patches at 0.9 keep 10, not 9."""
     return floor(num_patches * (1 - Fraction(repr(float(check_ratio(ratio))))))
-
-
-@dataclass(frozen=True)
-class DrawKey:
-    """Names the random choices of one step.
-
-    Args:
-        seed: of the run, a non-negative integer below 2^64.
-        step: counter of forward passes.
-        positions: of the local samples in the global batch, each in ``0 .. total - 1``. A sample that was skipped
-            leaves a hole.
-        total: planned size of the global batch.
-    """
-
-    seed: int
-    step: int
-    positions: Sequence[int]
-    total: int
-
-    def bits(self, stream: str, count: int) -> np.ndarray:
-        """``(positions, count)`` uint64 random bits, drawn in one go.
-
-        Philox4x64-10 keyed by (seed, stream) and counted from (step, position): position p reads the values that follow
-        ``4 p ceil(count / 4)`` others. A stream is always read with the same count.
-        """
-        import numpy as np
-
-        blocks = -(-count // 4)
-        source, at = np.random.Philox(key=self._key(stream), counter=[0, 0, 0, self.step]), 0
-        runs, start = [], 0
-        for i in range(1, len(self.positions) + 1):
-            if i == len(self.positions) or self.positions[i] != self.positions[i - 1] + 1:
-                source.advance((self.positions[start] - at) * blocks)
-                runs.append(source.random_raw((i - start) * blocks * 4).reshape(-1, blocks * 4))
-                start, at = i, self.positions[i - 1] + 1
-        return np.concatenate(runs)[:, :count] if runs else np.zeros((0, count), dtype=np.uint64)
-
-    def uniform(self, stream: str, count: int) -> np.ndarray:
-        """``(positions, count)`` float64 in [0, 1), made of :meth:`bits`."""
-        return (self.bits(stream, count) >> 11) * 2.0**-53
-
-    def generator(self, stream: str, position: int) -> np.random.Generator:
-        """A generator of one position, for draws whose number is not known: Philox counted from (step, position)."""
-        import numpy as np
-
-        return np.random.Generator(np.random.Philox(key=self._key(stream), counter=[0, 0, position, self.step]))
-
-    def _key(self, stream: str) -> np.ndarray:
-        import numpy as np
-
-        return np.array([self.seed, zlib.crc32(stream.encode())], dtype=np.uint64)
-
-    @classmethod
-    def fresh(cls, batch_size: int, generator: torch.Generator | None = None) -> DrawKey:
-        """A key for a stand-alone batch, its seed drawn from ``generator`` (default: torch's global one)."""
-        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        return cls(seed, 0, range(batch_size), batch_size)
 
 
 def ratio_pairs(ratios: Sequence[float], count: int, block: int = 0) -> list[tuple[float, float]]:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from released import EXTENTS, Released
 
 from avfast import AVSiam, PackedTokens, create_model, list_models
-from avfast.masking import DrawKey
 from avfast.models import Draws
 from avfast.models.__main__ import COUNTED, PAPER, count_parameters
+from avfast.random import DrawKey
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 

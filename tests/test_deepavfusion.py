@@ -8,9 +8,9 @@ from test_fusion import materialised
 from torch import nn
 
 from avfast import DeepAVFusion, create_model, flops
-from avfast.masking import DrawKey
 from avfast.models import Draws
 from avfast.models.fusion_layout import fused_layers
+from avfast.random import DrawKey
 
 SMALL = {
     "img_size": 32, "patch_size": 8, "audio_size": (40, 16), "embed_dim": 32, "depth": 3, "num_heads": 2,

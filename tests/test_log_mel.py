@@ -16,7 +16,7 @@ import torch
 
 from avfast.data.frontend import HTKFrontend, KaldiFrontend
 from avfast.data.log_mel import _htk_triangles, _triangles, frame_length, frame_shift, htk_log_mel, log_mel
-from avfast.masking import DrawKey
+from avfast.random import DrawKey
 
 STORED = Path(__file__).parent / "fixtures" / "log_mel"
 NAMES = ("noise", "chord", "sweep", "clicks", "quiet", "offset", "silence")

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avfast.masking import DrawKey, Kept, assign_ratios, keep_patches, num_kept, ratio_pairs
+from avfast.masking import Kept, assign_ratios, keep_patches, num_kept, ratio_pairs
+from avfast.random import DrawKey
 
 SIX = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 

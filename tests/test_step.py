@@ -24,11 +24,11 @@ from avfast import distributed
 from avfast.data import frontend
 from avfast.data.clips import Batch
 from avfast.data.frontend import _imagenet
-from avfast.masking import DrawKey
 from avfast.models import Draws, create_model
 from avfast.models.draws import shared_plan
 from avfast.models.fusion_layout import shared_tokens
 from avfast.ops import AttentionPlan
+from avfast.random import DrawKey
 from avfast.tensors import tensor_cache
 from avfast.train.graph import GraphedPass, capture
 from avfast.train.trainer import Trainer

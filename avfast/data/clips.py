@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avfast.data.dataset import ClipDataset, Failure, Item, Sample
-from avfast.masking import DrawKey
+from avfast.random import DrawKey
 
 __all__ = [
     "BadFiles",

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from avfast.data.augment import eval_crop, resize_short_side, train_crop
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.media import MediaError, MediaFile, read_image
-from avfast.masking import DrawKey
+from avfast.random import DrawKey
 
 Item = tuple[int, int, int]  # index of the clip, step, position in the global batch
 _STILLS = 10  # frame_0 .. frame_9 of CAV-MAE's folders

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avfast.data.log_mel import LOW_HZ, frame_length, frame_shift, htk_log_mel, log_mel
-from avfast.masking import DrawKey
+from avfast.random import DrawKey
 from avfast.tensors import tensor_cache, to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

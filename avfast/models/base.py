@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from avfast.masking import STRUCTURES, DrawKey, Kept, Structure, assign_ratios, check_ratio, keep_patches
+from avfast.masking import STRUCTURES, Kept, Structure, assign_ratios, check_ratio, keep_patches
 from avfast.models.draws import Draws, Keep, Layout, as_kept
 from avfast.nn import JointDecoder, PackedBlock, PatchEmbed, patchify, run_blocks, unpatchify
 from avfast.nn.block import Read
@@ -18,6 +18,7 @@ from avfast.ops import AttentionPlan, info_nce, masked_patch_mse
 from avfast.ops.info_nce import InfoNCE
 from avfast.ops.masked_patch_mse import normalise_patches
 from avfast.packing import PackedTokens
+from avfast.random import DrawKey
 from avfast.tensors import untraced
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class AudioVisualMAE(nn.Module):
         Args:
             batch_size: instances on this process.
             generator: seeds a stand-alone draw; default torch's global generator.
-            key: names the draw instead (training), see :class:`~avfast.masking.DrawKey`.
+            key: names the draw instead (training), see :class:`~avfast.random.DrawKey`.
             branch: one of ``branches``, default the first.
             has_audio: per instance; default all.
             has_visual: likewise.

@@ -61,7 +61,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avfast import checkpoints
-from avfast.masking import DrawKey, check_ratio
+from avfast.masking import check_ratio
 from avfast.models.base import AudioVisualMAE, Features, Output, init_weights
 from avfast.models.draws import Draws, Keep, as_kept
 from avfast.models.fusion_layout import FusionLayout, align, fused_layers, of_present
@@ -70,6 +70,7 @@ from avfast.nn.block import Read, add
 from avfast.nn.fusion import ContextBlock, FusionArch, FusionBlock, Pending, Residual
 from avfast.nn.norm import add_norm
 from avfast.nn.patch_decoder import PatchDecoder
+from avfast.random import DrawKey
 from avfast.released import deepavfusion
 from avfast.tensors import float32_weights
 
