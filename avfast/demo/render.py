@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import colorsys
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .scene import Scene, Source
+if TYPE_CHECKING:
+    from .scene import Scene, Source
 
 HUES = ((-0.01, 0.12), (0.50, 0.66))  # of the two colours, slowest to fastest vibrato; in turns
 FLASH_SECONDS = 0.12

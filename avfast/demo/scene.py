@@ -24,9 +24,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from .render import Renderer
+from .render import mask as visible
+from .synth import Waves, waves
 
 INSTRUMENTS = ("bell", "flute", "clarinet", "strings", "marimba", "choir", "organ", "buzzer")
 COLOURS = ("red", "blue")
@@ -35,8 +39,6 @@ NUM_CLASSES = len(INSTRUMENTS) * len(COLOURS) * len(ARTICULATIONS)
 
 PITCH_HZ = (131.0, 1048.0)
 LOUDNESS_DB = (-34.0, -16.0)
-VIBRATO_HZ = (2.5, 9.0)
-NOISE_SLOPE_DB = (-4.0, 4.0)  # per octave: brown to violet
 HEIGHT = (0.82, 0.18)  # centre of the object as a fraction of the frame's height, lowest pitch to highest
 RADIUS = (0.14, 0.28)  # as a fraction of the frame's shorter side, quietest to loudest
 SEMITONES = 12 * float(np.log2(PITCH_HZ[1] / PITCH_HZ[0]))
@@ -50,15 +52,6 @@ def class_index(instrument: int, colour: int, articulation: int) -> int:
 def class_names() -> list[str]:
     """Readable names of the 32 classes, in order, such as ``bell, red, staccato``."""
     return [f"{i}, {c}, {a}" for i in INSTRUMENTS for c in COLOURS for a in ARTICULATIONS]
-
-
-class Waves(NamedTuple):
-    """What is heard in a scene: float32 in -1 to 1; ``mixture`` is the sum of all the others."""
-
-    sources: np.ndarray  # (sources, samples): one row per source of the scene, zeros for a silent one
-    ambient: np.ndarray  # (samples,): its colour is that of the picture's background
-    noise: np.ndarray  # (samples,): unrelated to the picture
-    mixture: np.ndarray  # (samples,)
 
 
 @dataclass(frozen=True)
@@ -149,21 +142,15 @@ class Scene:
 
     def frame(self, time: float) -> np.ndarray:
         """The picture at ``time`` in seconds, before encoding: (height, width, 3) uint8."""
-        from .render import Renderer
-
         return Renderer(self).frame(time)
 
     def frames(self) -> np.ndarray:
         """All pictures before encoding: (num_frames, height, width, 3) uint8."""
-        from .render import Renderer
-
         renderer = Renderer(self)
         return np.stack([renderer.frame(k / self.fps) for k in range(self.num_frames)])
 
     def waves(self) -> Waves:
         """Every waveform before encoding, aligned with the decoded file's audio from its first sample on."""
-        from .synth import waves
-
         return waves(self)
 
     def mask(
@@ -178,9 +165,7 @@ class Scene:
         ``crop`` is (left, top, right, bottom) in fractions of the frame (default: all of it) and is stretched to
         ``size``. A pixel belongs to the source that covers its centre and is in front. Empty for one off screen.
         """
-        from .render import mask
-
-        return mask(self, time, size, crop, source)
+        return visible(self, time, size, crop, source)
 
     def boxes(
         self,
@@ -193,11 +178,9 @@ class Scene:
         Each row is (left, top, right, bottom) in pixels of ``size`` = (H, W), right and bottom exclusive; a row of NaN
         for a source without a visible pixel. Silent sources have boxes too: see ``Source.sounding``.
         """
-        from .render import mask
-
         boxes = np.full((len(self.sources), 4), np.nan, dtype=np.float32)
         for index in range(len(self.sources)):
-            rows, columns = np.nonzero(mask(self, time, size, crop, index))
+            rows, columns = np.nonzero(visible(self, time, size, crop, index))
             if rows.size:
                 boxes[index] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
         return boxes

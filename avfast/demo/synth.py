@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .scene import NOISE_SLOPE_DB, VIBRATO_HZ, Scene, Source, Waves
+if TYPE_CHECKING:
+    from .scene import Scene, Source
 
+VIBRATO_HZ = (2.5, 9.0)
+NOISE_SLOPE_DB = (-4.0, 4.0)  # per octave: brown to violet
 AMBIENT_DB = -58.0
 VIBRATO_SEMITONES = 0.6
 STACCATO = 0.3  # sounding part of the time between two onsets; 1 when sustained
 TOP_HZ = 7600.0  # partials above are left out at any sample rate
 Array = np.ndarray
+
+
+class Waves(NamedTuple):
+    """What is heard in a scene: float32 in -1 to 1; ``mixture`` is the sum of all the others."""
+
+    sources: np.ndarray  # (sources, samples): one row per source of the scene, zeros for a silent one
+    ambient: np.ndarray  # (samples,): its colour is that of the picture's background
+    noise: np.ndarray  # (samples,): unrelated to the picture
+    mixture: np.ndarray  # (samples,)
 
 
 @dataclass(frozen=True)

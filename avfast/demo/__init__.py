@@ -5,7 +5,7 @@
     demo.scenes("test")[0].mask(0.5, (64, 64))
     demo.scenes("test")[0].waves().sources
 
-``python -m avfast.data.demo`` prints what chance, perfect knowledge and shortcuts reach on them.
+``python -m avfast.demo`` prints what chance, perfect knowledge and shortcuts reach on them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .sampling import HELD_OUT_PAIRS, PRESETS, SPLITS, Preset, is_test, sample
-from .scene import ARTICULATIONS, COLOURS, INSTRUMENTS, NUM_CLASSES, Scene, Source, Waves, class_names, read_scenes
+from .scene import ARTICULATIONS, COLOURS, INSTRUMENTS, NUM_CLASSES, Scene, Source, class_names, read_scenes
+from .synth import Waves
+from .write import build_folder, cache_folder
 
 __all__ = [
     "ARTICULATIONS",
@@ -106,9 +108,6 @@ def build(
     )
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Imported here: the processes that render run write.py as their main module.
-    from .write import build_folder, cache_folder
-
     folder = cache_folder(preset, seed, root)
     build_folder(preset, seed, folder, min(workers, preset.train + preset.test), progress)
     return DemoSet(folder, preset, seed)

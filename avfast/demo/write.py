@@ -23,6 +23,14 @@ from .scene import Scene, class_names, read_scenes, write_scenes
 
 VERSION = 3  # raise it whenever the same arguments give other clips
 CLIPS = "clips"
+_WRITER = """
+import importlib.util, sys
+folder, work, worker, workers = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("demo", folder + "/__init__.py", submodule_search_locations=[folder])
+sys.modules["demo"] = demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo)
+demo.write.work(work, int(worker), int(workers))
+"""
 
 
 def write_clip(scene: Scene, path: str | os.PathLike[str]) -> None:
@@ -151,18 +159,21 @@ def _bar(iterable: Any, progress: bool, name: str, **options: Any) -> Any:
     return tqdm(iterable, desc=title, unit="clip", disable=not progress, mininterval=1.0, **options)
 
 
+def writer(work: Path, worker: int, workers: int) -> list[str]:
+    """The command that writes every ``workers``-th clip of a folder's scenes."""
+    return [sys.executable, "-c", _WRITER, str(Path(__file__).parent), str(work), str(worker), str(workers)]
+
+
 def _fill_clips(work: Path, total: int, workers: int, progress: bool, name: str) -> None:
     """Spreads the clips over processes, which are plain ones: multiprocessing would run the user's script again.
 
-    They import this package from its own folder, without avfast and so without torch, which takes seconds to load.
+    They import this package under a name of its own, without avfast and so without torch, which takes seconds to load.
     """
-    package = Path(__file__).resolve().parent
-    environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
     logs = [tempfile.TemporaryFile() for _ in range(workers)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", f"{package.name}.write", str(work), str(worker), str(workers)],
-            env=environment,
+            writer(work, worker, workers),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,  # its end tells them that we are gone
             stdout=log,
             stderr=log,
@@ -190,20 +201,14 @@ def _fill_clips(work: Path, total: int, workers: int, progress: bool, name: str)
             log.close()
 
 
-def _end_with_builder() -> None:
+def work(folder: str, worker: int, workers: int) -> None:
+    """What a process of :func:`writer` does, until its work is done or its standard input ends."""
+
     def watch() -> None:
         os.read(0, 1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(folder: str, worker: int, workers: int) -> None:
     scenes: Sequence[Scene] = [scene for split in SPLITS for scene in read_scenes(Path(folder) / f"{split}.jsonl")]
     for scene in scenes[worker::workers]:
         write_clip(scene, Path(folder) / CLIPS / f"{scene.id}.mp4")
-
-
-if __name__ == "__main__":
-    _end_with_builder()
-    _work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
