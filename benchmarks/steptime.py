@@ -57,7 +57,7 @@ class Steps:
         return Batch(
             waveform=torch.rand(clips, front.num_samples, generator=generator) * 2 - 1,
             num_samples=torch.full((clips,), front.num_samples),
-            frames=torch.randint(0, 256, (clips, 3, size, size), generator=generator, dtype=torch.uint8),
+            frames=torch.randint(0, 256, (clips, 1, 3, size, size), generator=generator, dtype=torch.uint8),
             has_audio=present, has_visual=present, labels=None, index=torch.arange(clips),
             positions=tuple(range(clips)), step=step, total=clips, failures=[], short=~present,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from avfast.data.clips import (
 from avfast.data.frontend import KaldiFrontend
 from avfast.data.manifest import read_folder
 from avfast.data.media import MediaError
+from avfast.data.spec import ClipSpec, even
 
 FRONTEND = KaldiFrontend(num_frames=128, image_size=32)  # 1.295 s
 
@@ -81,7 +83,7 @@ def by_name(clips: ClipList, batches: Any) -> tuple[dict[str, dict[str, Any]], l
 
 def test_a_users_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     clips = read_folder(folder)
-    dataset = ClipDataset(clips, frontend=FRONTEND, train=False)
+    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=False)
     with caplog.at_level(logging.WARNING, logger="avfast"):
         loader = eval_loader(dataset, 4)
         rows, failures = by_name(clips, loader)
@@ -99,7 +101,7 @@ def test_a_users_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         wave = rows[name]["waveform"][: rows[name]["num_samples"]]
         assert len(wave) == FRONTEND.num_samples
         assert wave.abs().argmax().item() / 16000 == pytest.approx(CLICK, abs=1e-3)
-    assert {name: shown(rows[name]["frames"][None])[0] for name in rows if rows[name]["has_visual"]} == {
+    assert {name: shown(rows[name]["frames"])[0] for name in rows if rows[name]["has_visual"]} == {
         name: {"b/vfr": 3, "b/short": 1}.get(name, 6) for name in set(rows) - {"a/sound"}
     }
     assert rows["b/short"]["short"] and 4800 <= rows["b/short"]["num_samples"] <= 5600
@@ -113,7 +115,7 @@ def test_a_users_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_spectrogram_of_a_batch(folder: Path) -> None:
     """Every decodable clip becomes finite inputs; a clip without sound becomes padding."""
     clips = read_folder(folder)
-    for batch in eval_loader(ClipDataset(clips, frontend=FRONTEND, train=False), 32):
+    for batch in eval_loader(ClipDataset(clips, spec=FRONTEND.spec, train=False), 32):
         audio = FRONTEND.audio(batch.waveform, batch.num_samples)
         assert audio.shape == (12, 128, 128) and audio.isfinite().all()
         padding = (audio == (0 - FRONTEND.mean) / FRONTEND.std).all(2).sum(1)
@@ -125,7 +127,7 @@ def test_spectrogram_of_a_batch(folder: Path) -> None:
 def test_one_file_as_a_model_takes_it(folder: Path) -> None:
     clips = read_folder(folder)
     index = [clip.id for clip in clips.clips].index("a/plain0")
-    batch = next(iter(eval_loader(ClipDataset(ClipList((clips.clips[index],)), frontend=FRONTEND, train=False), 1)))
+    batch = next(iter(eval_loader(ClipDataset(ClipList((clips.clips[index],)), spec=FRONTEND.spec, train=False), 1)))
     audio, visual = FRONTEND.load(folder / "a/plain0.mp4")
     assert torch.equal(audio, FRONTEND.audio(batch.waveform)) and torch.equal(visual, FRONTEND.visual(batch.frames))
     audio, visual = FRONTEND.load(folder / "a/sound.wav")
@@ -139,7 +141,7 @@ def test_one_file_as_a_model_takes_it(folder: Path) -> None:
 @pytest.mark.parametrize("cache", [False, True])
 def test_several_frames(folder: Path, cache: bool) -> None:
     clips = read_folder(folder / "b")
-    dataset = ClipDataset(clips, frontend=FRONTEND, train=False, eval_frames=4, cache=cache)
+    dataset = ClipDataset(clips, spec=replace(FRONTEND.spec, frames=even(4)), train=False, cache=cache)
     rows, failures = by_name(clips, eval_loader(dataset, 32))
     assert len(failures) == 2 and rows["plain0"]["frames"].shape == (4, 3, 32, 32)
     near = [1, 4, 8, 11]  # pictures at 0.16, 0.49, 0.81 and 1.13 s; a cache holds 16 of the 20
@@ -148,7 +150,7 @@ def test_several_frames(folder: Path, cache: bool) -> None:
 
 def test_draws_depend_on_names_only(folder: Path) -> None:
     clips = read_folder(folder)
-    make = partial(ClipDataset, clips, frontend=FRONTEND, train=True)
+    make = partial(ClipDataset, clips, spec=FRONTEND.spec, train=True)
     names = [clip.id for clip in clips.clips]
     index = names.index("a/plain0")
     sample = make(seed=3)[index, 5, 2]
@@ -161,7 +163,7 @@ def test_draws_depend_on_names_only(folder: Path) -> None:
 
 def test_random_windows_and_frames_cover_the_clip(folder: Path) -> None:
     clips = ClipList((Clip("x", str(folder / "a/plain0.mp4"), str(folder / "a/plain0.mp4")),))
-    dataset = ClipDataset(clips, frontend=FRONTEND, train=True)
+    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=True)
     offsets, pictures = [], []
     for step in range(200):
         sample = dataset[0, step, 0]
@@ -175,19 +177,19 @@ def test_random_windows_and_frames_cover_the_clip(folder: Path) -> None:
 
 def test_cache_equals_decoding(folder: Path) -> None:
     clips = read_folder(folder)
-    cached = ClipDataset(clips, frontend=FRONTEND, train=False, cache=True)
+    cached = ClipDataset(clips, spec=FRONTEND.spec, train=False, cache=True)
     seen: list[int] = []
     bad = cached.warm(lambda items: (seen.append(item) or item for item in items))  # type: ignore[func-returns-value]
     assert seen == list(range(len(clips)))
     got, failed = by_name(clips, make_eval(cached, workers=2))
-    want, failures = by_name(clips, make_eval(ClipDataset(clips, frontend=FRONTEND, train=False)))
+    want, failures = by_name(clips, make_eval(ClipDataset(clips, spec=FRONTEND.spec, train=False)))
     assert failed == failures and {failure.path for failure in bad} == {failure.path for failure in failures}
     assert got.keys() == want.keys()
     for name, row in want.items():
         assert torch.equal(got[name]["waveform"][: got[name]["num_samples"]], row["waveform"][: row["num_samples"]])
-        assert np.abs(np.subtract(shown(got[name]["frames"][None]), shown(row["frames"][None]))).max() <= 1
+        assert np.abs(np.subtract(shown(got[name]["frames"]), shown(row["frames"]))).max() <= 1
     with pytest.raises(ValueError, match="cache=True"):
-        ClipDataset(clips, frontend=FRONTEND, train=False).warm()
+        ClipDataset(clips, spec=FRONTEND.spec, train=False).warm()
 
 
 def make_eval(dataset: ClipDataset, workers: int = 0) -> Any:
@@ -200,7 +202,7 @@ from avfast.data.clips import ClipDataset, StepBatches, make_loader
 from avfast.data.frontend import KaldiFrontend
 from avfast.data.manifest import read_folder
 if __name__ == "__main__":
-    data = ClipDataset(read_folder(sys.argv[1]), frontend=KaldiFrontend(num_frames=64, image_size=32), train=True)
+    data = ClipDataset(read_folder(sys.argv[1]), spec=KaldiFrontend(num_frames=64, image_size=32).spec, train=True)
     batches = iter(make_loader(data, StepBatches(1, 1, steps=10**9), 1))
     next(batches)
 """
@@ -245,7 +247,7 @@ def test_a_script_may_end_while_it_loads(folder: Path, tmp_path: Path) -> None:
 
 def test_workers_change_nothing(folder: Path) -> None:
     clips = read_folder(folder)
-    dataset = ClipDataset(clips, frontend=FRONTEND, train=True, seed=1)
+    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=True, seed=1)
     batches = StepBatches(len(clips), 5, steps=3, seed=1)
     alone = list(make_loader(dataset, batches))
     helped = list(make_loader(dataset, batches, 2))
@@ -259,7 +261,7 @@ def test_workers_change_nothing(folder: Path) -> None:
 
 def test_ranks_share_one_global_batch(folder: Path) -> None:
     clips = read_folder(folder)
-    dataset = ClipDataset(clips, frontend=FRONTEND, train=True)
+    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=True)
     (whole,) = make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3))
     parts = [
         next(iter(make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3, rank=r, world_size=2))))
@@ -275,8 +277,8 @@ def test_ranks_share_one_global_batch(folder: Path) -> None:
 
 def test_batch_without_a_sample(folder: Path) -> None:
     clips = ClipList((Clip("gone", None, str(folder / "none.mp4"), (1,)),), ("x", "y"))
-    (batch,) = make_loader(ClipDataset(clips, frontend=FRONTEND, train=True), StepBatches(1, 1, steps=1))
-    assert len(batch) == 0 and batch.positions == () and batch.frames.shape == (0, 3, 32, 32)
+    (batch,) = make_loader(ClipDataset(clips, spec=FRONTEND.spec, train=True), StepBatches(1, 1, steps=1))
+    assert len(batch) == 0 and batch.positions == () and batch.frames.shape == (0, 1, 3, 32, 32)
     assert batch.labels is not None and batch.labels.shape == (0, 2) and batch.waveform.shape == (0, 0)
     assert FRONTEND.audio(batch.waveform, batch.num_samples).shape == (0, 128, 128)
     assert FRONTEND.visual(batch.frames).shape == (0, 3, 32, 32)
@@ -286,7 +288,7 @@ def test_batch_without_a_sample(folder: Path) -> None:
 
 
 def test_batch_to_another_dtype_of_place(folder: Path) -> None:
-    dataset = ClipDataset(read_folder(folder), frontend=FRONTEND, train=False)
+    dataset = ClipDataset(read_folder(folder), spec=FRONTEND.spec, train=False)
     batch = next(iter(eval_loader(dataset, 3)))
     moved = batch.to("meta")
     assert isinstance(moved, Batch) and moved.frames.is_meta and moved.labels.is_meta
@@ -303,14 +305,14 @@ def test_frames_of_the_field(tmp_path: Path) -> None:
     write(tmp_path / "x.wav")
     clip = Clip("x", str(tmp_path / "x.wav"), None, frames_dir=str(tmp_path))
     frontend = KaldiFrontend(num_frames=198, image_size=32)  # 1.995 s
-    middle = ClipDataset(ClipList((clip,)), frontend=frontend, train=False)[0, 0, 0]
+    middle = ClipDataset(ClipList((clip,)), spec=frontend.spec, train=False)[0, 0, 0]
     assert shown(middle.frames) == [4] and len(middle.waveform) == frontend.num_samples
-    every = ClipDataset(ClipList((clip,)), frontend=frontend, train=False, eval_frames=10)[0, 0, 0]
+    every = ClipDataset(ClipList((clip,)), spec=replace(frontend.spec, frames=even(10)), train=False)[0, 0, 0]
     assert shown(every.frames) == [0, 1, 2, 3, 4, 4, 6, 7, 8, 9]
     for cache in (False, True):
-        train = ClipDataset(ClipList((clip,)), frontend=frontend, train=True, cache=cache)
+        train = ClipDataset(ClipList((clip,)), spec=frontend.spec, train=True, cache=cache)
         assert {n for step in range(60) for n in shown(train[0, step, 0].frames)} == {0, 1, 2, 3, 4, 6, 7, 8, 9}
-    gone = ClipDataset(ClipList((Clip("y", None, None, frames_dir=str(tmp_path)),)), frontend=frontend, train=False)
+    gone = ClipDataset(ClipList((Clip("y", None, None, frames_dir=str(tmp_path)),)), spec=frontend.spec, train=False)
     assert isinstance(gone[0, 0, 0], Failure) and gone[0, 0, 0].path.endswith("frame_0/y.jpg")
     (tmp_path / "frame_0" / "y.jpg").write_bytes(b"no jpeg")
     assert "y.jpg" in gone[0, 0, 0].path and "cannot identify" in gone[0, 0, 0].reason
@@ -397,7 +399,7 @@ def test_fewer_clips_than_a_batch() -> None:
 
 def test_evaluation_meets_every_clip_once(folder: Path) -> None:
     clips = read_folder(folder)
-    dataset = ClipDataset(clips, frontend=FRONTEND, train=False)
+    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=False)
     met = [
         [i for batch in eval_loader(dataset, 2, rank=rank, world_size=4) for i in batch.index.tolist()]
         + [f.index for batch in eval_loader(dataset, 2, rank=rank, world_size=4) for f in batch.failures]
@@ -429,6 +431,6 @@ def test_bad_files() -> None:
 
 def test_collate_checks_labels_into_rows() -> None:
     failure = Failure("/x.mp4", "broken", 4, 7, 1)
-    batch = collate([failure], total=3, image_size=8, num_frames=2, num_classes=0)
+    batch = collate([failure], total=3, spec=ClipSpec(1.0, 16000, 8, even(2)))
     assert (batch.step, batch.total, len(batch), batch.labels) == (7, 3, 0, None)
     assert batch.frames.shape == (0, 2, 3, 8, 8) and batch.failures == [failure]

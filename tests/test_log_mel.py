@@ -280,17 +280,17 @@ def test_draws_follow_the_sample_not_the_batch() -> None:
 
 def test_pictures_in_and_out() -> None:
     frontend = KaldiFrontend(image_size=16)
-    frames = torch.randint(0, 256, (2, 5, 3, 16, 16), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (2, 1, 3, 16, 16), dtype=torch.uint8)
     got = frontend.visual(frames)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    want = (frames.float() / 255 - mean[:, None, None]) / std[:, None, None]
+    want = (frames[:, 0].float() / 255 - mean[:, None, None]) / std[:, None, None]
     assert got.dtype == torch.float32 and torch.allclose(got, want, atol=1e-6)
-    assert torch.equal(frontend.visual(frames[:, 0]), got[:, 0])
-    assert torch.equal(frontend.visual_to_uint8(got), frames)
-    with pytest.raises(ValueError, match=r"\(B, 3, 16, 16\).*got \(2, 3, 16, 8\)"):
-        frontend.visual(frames[:, 0, :, :, :8])
+    assert torch.equal(frontend.visual_to_uint8(got), frames[:, 0])
+    for wrong in (frames[..., :8], frames[:, 0], frames.expand(2, 5, 3, 16, 16)):
+        with pytest.raises(ValueError, match=r"\(B, 1, 3, 16, 16\), got \(2, "):
+            frontend.visual(wrong)
     with pytest.raises(TypeError, match="float32"):
-        frontend.visual(got)
+        frontend.visual(frames.float())
 
 
 def test_htk_front_end_drops_the_last_frame_and_mirrors_short_clips() -> None:

@@ -122,7 +122,7 @@ def fake_batch(model, size=4):
     return Batch(
         waveform=torch.zeros(size, samples),
         num_samples=torch.full((size,), samples),
-        frames=torch.zeros(size, 3, model.img_size, model.img_size, dtype=torch.uint8),
+        frames=torch.zeros(size, 1, 3, model.img_size, model.img_size, dtype=torch.uint8),
         has_audio=torch.tensor([True] * size),
         has_visual=torch.tensor([i != 1 for i in range(size)]),
         labels=None, index=torch.arange(size), positions=tuple(range(size)), step=5, total=size, failures=[],
@@ -314,7 +314,7 @@ def test_the_default_dtype_changes_neither_weights_nor_losses(name):
             wave = torch.linspace(-1, 1, model.frontend.num_samples, dtype=torch.float32).expand(3, -1)
             key = DrawKey(0, 0, range(3), 3)
             audio = model.frontend.audio(wave, train=True, key=key)
-            visual = model.frontend.visual(torch.full((3, 3, model.img_size, model.img_size), 7, dtype=torch.uint8))
+            visual = model.frontend.visual(torch.full((3, 1, 3, model.img_size, model.img_size), 7, dtype=torch.uint8))
             found.append((audio, visual, *model.parameters(), model(audio, visual, model.draw(3, key=key)).loss))
         finally:
             torch.set_default_dtype(torch.float32)

@@ -84,7 +84,7 @@ def random_batch(model: torch.nn.Module, clips: int) -> Batch:
     return Batch(
         waveform=torch.randn(clips, samples),
         num_samples=torch.full((clips,), samples),
-        frames=torch.randint(0, 256, (clips, 3, model.img_size, model.img_size), dtype=torch.uint8),
+        frames=torch.randint(0, 256, (clips, 1, 3, model.img_size, model.img_size), dtype=torch.uint8),
         has_audio=everywhere,
         has_visual=everywhere,
         labels=None,

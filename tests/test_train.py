@@ -217,7 +217,7 @@ def test_a_batch_without_a_readable_clip_touches_every_parameter(clips):
 
     trainer = Trainer(create_model("avsiam_tiny", **MODEL), demo(), torch.device("cpu"))
     failure = Failure("x.mp4", "broken", index=0, step=0, position=3)
-    batch = collate([failure], total=8, image_size=64)
+    batch = collate([failure], total=8, spec=trainer.model.frontend.spec)
     means = trainer.step([batch], lr=0.0)
     assert means["loss"] == 0
     assert [name for name, p in trainer.model.named_parameters() if p.grad is None] == []
@@ -230,7 +230,7 @@ def test_accumulation_is_the_mean_gradient(clips):
     config = replace(demo(), model_args=MODEL)
     trainer = Trainer(create_model("avsiam_tiny", **MODEL), config, torch.device("cpu"))
     train = data.read([clips.train])
-    dataset = ClipDataset(train, frontend=trainer.model.frontend, train=True)
+    dataset = ClipDataset(train, spec=trainer.model.frontend.spec, train=True)
     batches = list(make_loader(dataset, StepBatches(len(train), 4, steps=2)))
     gradients = []
     for given in ([batches[0]], [batches[1]], batches):

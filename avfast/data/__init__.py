@@ -1,4 +1,4 @@
-"""Clips in, tensors out: manifests, media decoding, log-mel filter banks, augmentation and the built-in demo clips."""
+"""Clips in, tensors out: manifests, media decoding, log-mel filter banks, augmentation."""
 
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.clips import (
@@ -16,6 +16,7 @@ from avfast.data.frontend import HTKFrontend, KaldiFrontend
 from avfast.data.log_mel import htk_log_mel, log_mel
 from avfast.data.manifest import read, read_folder, read_manifest
 from avfast.data.media import MediaError, MediaFile, MediaInfo, probe, read_audio, read_frames
+from avfast.data.spec import ClipSpec, Frames
 
 __all__ = [
     "BadFiles",
@@ -23,7 +24,9 @@ __all__ = [
     "Clip",
     "ClipDataset",
     "ClipList",
+    "ClipSpec",
     "Failure",
+    "Frames",
     "HTKFrontend",
     "KaldiFrontend",
     "MediaError",

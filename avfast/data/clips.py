@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avfast.data.dataset import ClipDataset, Failure, Item, Sample
+from avfast.data.spec import ClipSpec
 from avfast.random import DrawKey
 
 __all__ = [
@@ -50,7 +51,8 @@ class Batch:
     Attributes:
         waveform: (B, S) float32, zero-padded to the longest; zeros for a sample without sound.
         num_samples: (B,) int64, valid samples of each row.
-        frames: (B, 3, H, W) uint8, or (B, F, 3, H, W) from a dataset with ``eval_frames`` > 1; zeros without pictures.
+        frames: (B, F, 3, H, W) uint8, zeros without pictures. F is 1 for a model of one frame, T * t for one of T clips
+            of t frames; a front end gives them the shape that its model takes.
         has_audio, has_visual: (B,) bool.
         labels: (B, C) float32 multi-hot, or None where the data has no classes.
         index: (B,) int64, which clips.
@@ -209,20 +211,18 @@ def _share(count: int, rank: int, world_size: int) -> tuple[int, int]:
     return rank * count // world_size, (rank + 1) * count // world_size
 
 
-def collate(
-    samples: Sequence[Sample | Failure], *, total: int, image_size: int, num_frames: int = 1, num_classes: int = 0
-) -> Batch:
+def collate(samples: Sequence[Sample | Failure], *, total: int, spec: ClipSpec, num_classes: int = 0) -> Batch:
     """Decoded clips to a :class:`Batch`; failures to its list, the others keep their order and positions.
 
     Args:
         samples: at least one, all of one step.
         total: planned size of the global batch.
-        image_size, num_frames, num_classes: shapes that a batch without a sample must have too.
+        spec, num_classes: shapes that a batch without a sample must have too.
     """
     good = [sample for sample in samples if isinstance(sample, Sample)]
     lengths = [0 if sample.waveform is None else len(sample.waveform) for sample in good]
     waveform = torch.zeros(len(good), max(lengths, default=0), dtype=torch.float32)
-    frames = torch.zeros(len(good), num_frames, 3, image_size, image_size, dtype=torch.uint8)
+    frames = torch.zeros(len(good), spec.num_frames, 3, spec.image_size, spec.image_size, dtype=torch.uint8)
     labels = torch.zeros(len(good), num_classes, dtype=torch.float32) if num_classes else None
     for row, sample in enumerate(good):
         if sample.waveform is not None:
@@ -234,7 +234,7 @@ def collate(
     return Batch(
         waveform=waveform,
         num_samples=torch.tensor(lengths, dtype=torch.long),
-        frames=frames.squeeze(1) if num_frames == 1 else frames,
+        frames=frames,
         has_audio=torch.tensor([sample.waveform is not None for sample in good], dtype=torch.bool),
         has_visual=torch.tensor([sample.frames is not None for sample in good], dtype=torch.bool),
         labels=labels,
@@ -323,12 +323,11 @@ def make_loader(
         collate_fn=partial(
             collate,
             total=batches.total,
-            image_size=dataset.image_size,
-            num_frames=dataset.num_frames,
+            spec=dataset.spec,
             num_classes=len(dataset.class_names),
         ),
     )
-    return Loader(loader, dataset.seconds)
+    return Loader(loader, dataset.spec.seconds)
 
 
 def _end_with_trainer(worker: int) -> None:

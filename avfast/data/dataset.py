@@ -6,8 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from avfast.data.augment import eval_crop, resize_short_side, train_crop
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.media import MediaError, MediaFile, read_image
+from avfast.data.spec import ClipSpec, Draw
 from avfast.random import DrawKey
 
 Item = tuple[int, int, int]  # index of the clip, step, position in the global batch
@@ -25,16 +25,6 @@ _STILLS_SECONDS = 10.0
 _CACHED_FRAMES = 16
 _CACHED_SIZE = 1.25  # short side of a cached frame, in image sizes
 _SHORT = 0.95  # a clip shorter than this share of the model's window counts as short
-
-
-class Frontend(Protocol):
-    """What a dataset has to know of a model's front end."""
-
-    image_size: int
-    sample_rate: int
-
-    @property
-    def seconds(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -88,19 +78,18 @@ _Cut = tuple[Tensor | None, Tensor | None, bool, tuple[str, ...]]  # sound, pict
 class ClipDataset(Dataset[Sample | Failure]):
     """Decodes and crops clips.
 
-    Training takes a random window of ``frontend.seconds`` where the clip is longer, a random frame within it, a random
-    resized crop and a coin for the flip. Evaluation takes the first window, and the middle frame or ``eval_frames``
-    frames in the middles of equal parts of it, resized and centre-cropped. The window lies where there are both sound
-    and pictures: if decoding finds less than the headers promise, it is taken anew from what is there.
+    Training takes a random window of ``spec.seconds`` where the clip is longer, the frames of it that ``spec.frames``
+    says, a random resized crop and a coin for the flip, the same for all frames. Evaluation takes the first window,
+    frames resized and centre-cropped. The window lies where there are both sound and pictures: if decoding finds less
+    than the headers promise, it is taken anew from what is there.
 
     Args:
         clip_list: the clips.
-        frontend: of the model; ``seconds``, ``sample_rate`` and ``image_size`` count here.
+        spec: what the model wants of a clip, ``model.frontend.spec``.
         train: see above.
         seed: of the random choices of training.
-        cache: keep what is decoded in memory: all sound, and at most 16 frames per clip, evenly spaced, with a short
-            side of 1.25 image sizes at most. For data sets that fit.
-        eval_frames: frames per clip in evaluation.
+        cache: keep what is decoded in memory: all sound, and 16 frames per clip or as many as ``spec.frames`` asks for,
+            evenly spaced, with a short side of 1.25 image sizes at most. For data sets that fit.
         crop_scale: area share of the random crop.
     """
 
@@ -108,26 +97,20 @@ class ClipDataset(Dataset[Sample | Failure]):
         self,
         clip_list: ClipList,
         *,
-        frontend: Frontend,
+        spec: ClipSpec,
         train: bool,
         seed: int = 0,
         cache: bool = False,
-        eval_frames: int = 1,
         crop_scale: tuple[float, float] = (0.2, 1.0),
     ) -> None:
-        if eval_frames < 1:
-            raise ValueError(f"eval_frames: expected 1 or more, got {eval_frames}")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale: expected 0 < low <= high <= 1, got {crop_scale}")
         self.clips = clip_list.clips
         self.class_names = clip_list.class_names
-        self.seconds = frontend.seconds
-        self.sample_rate = frontend.sample_rate
-        self.image_size = frontend.image_size
+        self.spec = spec
         self.train = train
         self.seed = seed
         self.cache = cache
-        self.num_frames = 1 if train else eval_frames
         self.crop_scale = crop_scale
         self._cached: dict[int, _Decoded | MediaError] = {}
 
@@ -137,7 +120,7 @@ class ClipDataset(Dataset[Sample | Failure]):
     def __getitem__(self, item: Item) -> Sample | Failure:
         """Decodes clip ``index`` for ``position`` of ``step``; what cannot be decoded comes back as a Failure."""
         index, step, position = item
-        clip = self.clips[index]
+        clip = self._clip(index)
         rng = DrawKey(self.seed, step, (position,), position + 1).generator("clip", position) if self.train else None
         try:
             cut = self._cut(self._remember(index), rng) if self.cache else self._decode(clip, rng)
@@ -147,7 +130,7 @@ class ClipDataset(Dataset[Sample | Failure]):
         except MediaError as error:
             return Failure(error.path, error.reason, index, step, position)
         if frames is not None:
-            size = self.image_size
+            size = self.spec.image_size
             frames = eval_crop(frames, size) if rng is None else train_crop(frames, size, rng, scale=self.crop_scale)
         return Sample(index, step, position, waveform, frames, clip.labels, short, truncated)
 
@@ -171,20 +154,13 @@ class ClipDataset(Dataset[Sample | Failure]):
         errors = [(i, found) for i, found in sorted(self._cached.items()) if isinstance(found, MediaError)]
         return [Failure(error.path, error.reason, i) for i, error in errors]
 
-    def _draw(self, rng: np.random.Generator | None) -> tuple[float, Sequence[float]]:
-        """Where the window starts in what it can choose from, and where in it the frames are; all in [0, 1)."""
-        if rng is None:
-            return 0.0, ((np.arange(self.num_frames) + 0.5) / self.num_frames).tolist()
-        return rng.random(), [rng.random()]
-
-    def _window(self, duration: float, draw: tuple[float, Sequence[float]]) -> tuple[float, list[float], bool]:
-        """(start, times of the frames, short)."""
-        start = draw[0] * max(duration - self.seconds, 0.0)
-        length = min(self.seconds, duration - start)
-        return start, [start + length * at for at in draw[1]], duration < _SHORT * self.seconds
+    def _clip(self, index: int) -> Clip:
+        """The clip, without its pictures where nobody looks at them."""
+        clip = self.clips[index]
+        return clip if self.spec.frames is not None else replace(clip, video_path=None, frames_dir=None)
 
     def _decode(self, clip: Clip, rng: np.random.Generator | None) -> _Cut:
-        draw = self._draw(rng)
+        draw = self.spec.draw(rng)
         with ExitStack() as stack:
             sound, pictures = _open(clip, stack)
             duration = _duration(sound, pictures)
@@ -200,21 +176,24 @@ class ClipDataset(Dataset[Sample | Failure]):
         sound: MediaFile | None,
         pictures: MediaFile | None,
         duration: float,
-        draw: tuple[float, Sequence[float]],
+        draw: Draw,
     ) -> tuple[Tensor | None, Tensor | None, bool, dict[str, float]]:
         """Sound and pictures of one window, whether it is short, and up to where both had to be there."""
-        start, times, short = self._window(duration, draw)
+        start, times = self.spec.window(duration, draw)
         waveform = None
         if sound is not None:
-            waveform = sound.audio(sample_rate=self.sample_rate, start=start, seconds=self.seconds)
-        end = {"audio": min(start + self.seconds, duration), "video": max(times)}
-        return waveform, _pictures(clip, pictures, times, duration), short, end
+            waveform = sound.audio(sample_rate=self.spec.sample_rate, start=start, seconds=self.spec.seconds)
+        end = {"audio": min(start + self.spec.seconds, duration), "video": max(times, default=0.0)}
+        return waveform, _pictures(clip, pictures, times, duration), self._short(duration), end
+
+    def _short(self, duration: float) -> bool:
+        return duration < _SHORT * self.spec.seconds
 
     def _settle(
         self, sound: MediaFile | None, pictures: MediaFile | None, duration: float, end: dict[str, float]
     ) -> tuple[float, tuple[str, ...]]:
         """How long a clip is whose streams were read up to ``end``, and its truncated files."""
-        slack = (1 - _SHORT) * self.seconds
+        slack = (1 - _SHORT) * self.spec.seconds
 
         def ended(media: MediaFile | None, kind: str) -> bool:
             return media is not None and media.ends.get(kind, np.inf) < end[kind] - slack
@@ -241,7 +220,7 @@ class ClipDataset(Dataset[Sample | Failure]):
 
     def _fill(self, index: int) -> int:
         try:
-            self._cached[index] = self._decode_all(self.clips[index])
+            self._cached[index] = self._decode_all(self._clip(index))
         except MediaError as error:
             self._cached[index] = error
         return index
@@ -250,27 +229,36 @@ class ClipDataset(Dataset[Sample | Failure]):
         with ExitStack() as stack:
             sound, pictures = _open(clip, stack)
             duration = _duration(sound, pictures)
-            waveform = sound.audio(sample_rate=self.sample_rate) if sound is not None else None
-            times, frames = _spread(clip, pictures, duration)
+            waveform = sound.audio(sample_rate=self.spec.sample_rate) if sound is not None else None
+            times, frames = self._spread(clip, pictures, duration)
             there, truncated = self._settle(sound, pictures, duration, {"audio": duration, "video": times[-1]})
             if there < duration:
                 duration = there
-                times, frames = _spread(clip, pictures, duration)
+                times, frames = self._spread(clip, pictures, duration)
         if frames is not None:
-            size = int(_CACHED_SIZE * self.image_size)
+            size = int(_CACHED_SIZE * self.spec.image_size)
             frames = resize_short_side(frames, size) if min(frames.shape[-2:]) > size else frames
             frames = frames.contiguous()
         return _Decoded(_non_empty(waveform), frames, times, duration, truncated)
 
+    def _spread(self, clip: Clip, pictures: MediaFile | None, duration: float) -> tuple[list[float], Tensor | None]:
+        """Times of the frames that a cache keeps, and the frames."""
+        rate = pictures.info.frame_rate if pictures is not None else 0.0
+        count = self.spec.enough(duration, _CACHED_FRAMES)
+        count = count if rate <= 0 else min(count, max(1, round(duration * rate)))
+        count = _STILLS if clip.frames_dir is not None else count
+        times = [duration * (i + 0.5) / count for i in range(count)]
+        return times, _pictures(clip, pictures, times, duration)
+
     def _cut(self, clip: _Decoded, rng: np.random.Generator | None) -> _Cut:
-        start, times, short = self._window(clip.duration, self._draw(rng))
+        start, times = self.spec.window(clip.duration, self.spec.draw(rng))
         waveform, frames = clip.waveform, clip.frames
         if waveform is not None:
-            first, count = round(start * self.sample_rate), round(self.seconds * self.sample_rate)
+            first, count = round(start * self.spec.sample_rate), round(self.spec.seconds * self.spec.sample_rate)
             waveform = _non_empty(waveform[first : first + count])
         if frames is not None:
             frames = frames[[int(np.argmin(np.abs(np.asarray(clip.times) - time))) for time in times]]
-        return waveform, frames, short, clip.truncated
+        return waveform, frames, self._short(clip.duration), clip.truncated
 
 
 @dataclass(frozen=True)
@@ -343,15 +331,6 @@ def _pictures(clip: Clip, media: MediaFile | None, times: Sequence[float], durat
         share = [time / duration if duration > 0 else 0.5 for time in times]
         frames = torch.stack([_still(clip.frames_dir, clip.id, min(int(_STILLS * at), _STILLS - 1)) for at in share])
     return None if frames is None else frames.permute(0, 3, 1, 2)
-
-
-def _spread(clip: Clip, pictures: MediaFile | None, duration: float) -> tuple[list[float], Tensor | None]:
-    """Times of the frames that a cache keeps, and the frames."""
-    rate = pictures.info.frame_rate if pictures is not None else 0.0
-    count = _CACHED_FRAMES if rate <= 0 else min(_CACHED_FRAMES, max(1, round(duration * rate)))
-    count = _STILLS if clip.frames_dir is not None else count
-    times = [duration * (i + 0.5) / count for i in range(count)]
-    return times, _pictures(clip, pictures, times, duration)
 
 
 def _still(folder: str, name: str, number: int) -> Tensor:

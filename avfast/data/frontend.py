@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from avfast.data.log_mel import LOW_HZ, frame_length, frame_shift, htk_log_mel, log_mel
+from avfast.data.spec import ClipSpec, Frames, one
 from avfast.random import DrawKey
 from avfast.tensors import tensor_cache, to_device
+
+if TYPE_CHECKING:
+    from avfast.data.clips import Batch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,13 +31,14 @@ class Frontend:
     """What the front ends share: settings that survive JSON, checks, ImageNet-normalised pictures.
 
     A subclass sets its constructor's arguments as attributes, and nothing else, and provides ``num_samples`` and
-    ``_inputs``.
+    ``_inputs``; ``frames`` where its model takes others than one frame, as in ``frames = video(8, 4.0)``.
     """
 
     num_frames: int
     num_mel_bins: int
     image_size: int
     sample_rate: int
+    frames: Frames | None = one
     low_hz: float = 0.0  # where the lowest mel bin begins; the highest ends at half the sample rate
 
     def _positive(self, **settings: int) -> None:
@@ -65,14 +70,28 @@ class Frontend:
         """How much sound a clip provides at most."""
         return self.num_samples / self.sample_rate
 
+    @property
+    def spec(self) -> ClipSpec:
+        """What of a clip the model needs."""
+        return ClipSpec(self.seconds, self.sample_rate, self.image_size, self.frames)
+
+    def __call__(self, batch: Batch, *, train: bool = False, key: DrawKey | None = None) -> dict[str, Tensor]:
+        """A model's inputs by name, on the batch's device: what :meth:`audio` and :meth:`visual` make of it.
+
+        There is no ``visual`` for a model that only listens.
+        """
+        inputs = {"audio": self.audio(batch.waveform, batch.num_samples, train=train, key=key)}
+        return inputs if self.frames is None else inputs | {"visual": self.visual(batch.frames)}
+
     def load(self, path: str | os.PathLike[str]) -> tuple[Tensor | None, Tensor | None]:
         """A media file as a model takes it: ``model.encode(*model.frontend.load("clip.mp4"))``.
 
-        The window is that of evaluation: the first ``seconds`` of the file, and the frame in its middle.
+        The window is that of evaluation: the first ``seconds`` of the file, and the frame in its middle (or what else
+        ``spec.frames`` says).
 
         Returns:
-            audio ``(1, num_frames, num_mel_bins)`` and visual ``(1, 3, image_size, image_size)``, float32 on the CPU;
-            None for what the file lacks.
+            audio ``(1, num_frames, num_mel_bins)`` and visual ``(1, 3, image_size, image_size)`` (or another shape, see
+            :meth:`visual`), float32 on the CPU; None for what the file lacks.
 
         Raises:
             MediaError: the file cannot be decoded.
@@ -83,11 +102,11 @@ class Frontend:
 
         file = os.fspath(path)
         clips = ClipList((Clip(file, file, file),))
-        sample = ClipDataset(clips, frontend=self, train=False)[0, 0, 0]
+        sample = ClipDataset(clips, spec=self.spec, train=False)[0, 0, 0]
         if isinstance(sample, Failure):
             raise MediaError(sample.path, sample.reason)
         audio = None if sample.waveform is None else self.audio(sample.waveform[None])
-        return audio, None if sample.frames is None else self.visual(sample.frames)
+        return audio, None if sample.frames is None else self.visual(sample.frames[None])
 
     def audio(
         self, waveform: Tensor, num_samples: Tensor | None = None, *, train: bool = False, key: DrawKey | None = None
@@ -118,23 +137,30 @@ class Frontend:
         raise NotImplementedError
 
     def visual(self, frames: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) or (B, F, 3, H, W) -> float32 of that shape, with ImageNet's mean and deviation taken off.
+        """A batch's frames as the model takes them, with ImageNet's mean and deviation taken off.
+
+        Args:
+            frames: (B, F, 3, image_size, image_size) uint8, F as ``spec.frames`` says.
+
+        Returns:
+            float32, shaped by :meth:`avfast.data.spec.Frames.shaped`: (B, 3, H, W) of one frame, (B, 3, T, H, W) of a
+            video, (B, T, 3, t, H, W) of clips.
 
         Raises:
-            ValueError: another shape than ``image_size``. TypeError: another dtype than uint8.
+            ValueError: another shape. TypeError: another dtype than uint8.
         """
-        size = self.image_size
-        if frames.ndim not in (4, 5) or frames.shape[-3:] != (3, size, size):
-            raise ValueError(
-                f"frames: expected (B, 3, {size}, {size}) or (B, F, 3, {size}, {size}), got {tuple(frames.shape)}"
-            )
+        if self.frames is None:
+            raise ValueError("frames: the model takes none")
+        expected = (self.frames.count, 3, self.image_size, self.image_size)
+        if frames.ndim != 5 or frames.shape[1:] != expected:
+            raise ValueError(f"frames: expected (B, {', '.join(map(str, expected))}), got {tuple(frames.shape)}")
         if frames.dtype != torch.uint8:
             raise TypeError(f"frames: expected uint8, got {frames.dtype}")
         mean, std = _imagenet(frames.device)
-        return (frames.float() - 255 * mean) / (255 * std)
+        return self.frames.shaped((frames.float() - 255 * mean) / (255 * std))
 
     def visual_to_uint8(self, frames: Tensor) -> Tensor:
-        """Undoes :meth:`visual`, rounded and clipped to uint8, for pictures."""
+        """Undoes :meth:`visual` of (..., 3, H, W), rounded and clipped to uint8, for pictures."""
         mean, std = _imagenet(frames.device)
         return (255 * (frames.float() * std + mean)).round().clamp(0, 255).byte()
 

@@ -173,7 +173,7 @@ def open_clips(run: Run) -> Loader:
     config = run.config
     dataset = ClipDataset(
         run.clips,
-        frontend=run.trainer.model.frontend,
+        spec=run.trainer.model.frontend.spec,
         train=True,
         seed=config.seed,
         cache=config.cache_media,
