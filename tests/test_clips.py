@@ -38,6 +38,7 @@ from avfast.data.frontend import KaldiFrontend
 from avfast.data.manifest import read_folder
 from avfast.data.media import MediaError
 from avfast.data.spec import ClipSpec, even
+from avfast.random import DrawKey
 
 FRONTEND = KaldiFrontend(num_frames=128, image_size=32)  # 1.295 s
 
@@ -272,7 +273,7 @@ def test_ranks_share_one_global_batch(folder: Path) -> None:
     assert torch.equal(whole.frames, torch.cat([part.frames for part in parts]))
     assert whole.failures == parts[0].failures + parts[1].failures
     assert {*whole.positions} | {f.position for f in whole.failures} == set(range(7))
-    assert whole.key(9).positions == whole.positions and whole.key(9).total == 7
+    assert whole.key(9) == DrawKey(9, 3, whole.positions, 7, progress=0.75)
 
 
 def test_batch_without_a_sample(folder: Path) -> None:
@@ -354,7 +355,7 @@ def test_crops() -> None:
 
 def test_epochs() -> None:
     batches = StepBatches(23, 5, steps=12, seed=2)
-    assert batches.steps_per_epoch == 4 and len(batches) == 12
+    assert batches.first_step(3) == 12 and len(batches) == 12
     steps = [batches.global_batch(step).tolist() for step in range(12)]
     for epoch in range(3):
         seen = sum(steps[4 * epoch : 4 * epoch + 4], [])
@@ -373,6 +374,42 @@ def test_resuming_anywhere() -> None:
         assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
 
 
+def growing(epoch: int) -> int:
+    return (2, 5, 5, 11)[min(epoch, 3)]
+
+
+def test_batches_that_grow_between_epochs() -> None:
+    batches = StepBatches(11, growing, steps=14, seed=2)
+    sizes = [2] * 5 + [5] * 4 + [11] * 5
+    whole = list(batches)
+    assert [len(items) for items in whole] == sizes and [batches.plan(step)[0] for step in range(14)] == sizes
+    assert [batches.first_step(epoch) for epoch in range(6)] == [0, 5, 7, 9, 10, 11]
+    assert [batches.epoch(step) for step in (0, 4, 5, 6, 7, 9, 13)] == [0, 0, 1, 1, 2, 3, 7]
+    for epoch, (first, last) in enumerate(((0, 5), (5, 7), (7, 9), (9, 10))):
+        clips = sum((batches.global_batch(step).tolist() for step in range(first, last)), [])
+        assert len(set(clips)) == len(clips) == 10 + (epoch == 3)
+    for start in range(15):  # a resumed run knows nothing of the steps before
+        assert list(StepBatches(11, growing, steps=14, start_step=start, seed=2)) == whole[start:]
+    parts = [list(StepBatches(11, growing, steps=14, seed=2, rank=rank, world_size=2)) for rank in range(2)]
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
+    constant = StepBatches(11, 5, steps=14, seed=2)  # an epoch's order does not depend on how it is cut
+    assert constant.global_batch(2).tolist() == batches.global_batch(5).tolist()
+    weighted = StepBatches(11, growing, steps=14, weights=[1.0] * 11)
+    assert [len(items) for items in weighted] == sizes
+    with pytest.raises(ValueError, match="at least 1, got -1 in epoch 1"):
+        list(StepBatches(11, lambda epoch: 3 - 4 * epoch, steps=5))
+
+
+def test_a_loader_tells_each_batch_its_size_and_the_progress(folder: Path) -> None:
+    clips = read_folder(folder / "b")
+    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=True)
+    batches = StepBatches(len(clips), lambda epoch: 2 + epoch, steps=5)  # which no worker could be sent
+    for workers in (0, 1):
+        made = list(make_loader(dataset, batches, workers))
+        assert [batch.total for batch in made] == [batches.plan(step)[0] for step in range(5)]
+        assert [batch.key(1).progress for batch in made] == [0.0, 0.2, 0.4, 0.6, 0.8]
+
+
 def test_weighted_sampling() -> None:
     weights = [0.0, 1.0, 3.0, 0.0]
     batches = StepBatches(4, 4, steps=500, weights=weights)
@@ -384,14 +421,14 @@ def test_weighted_sampling() -> None:
 def test_fewer_clips_than_a_batch() -> None:
     with pytest.warns(UserWarning, match="3 clips, fewer than a batch of 8: batches of 3"):
         batches = StepBatches(3, 8, steps=2)
-    assert batches.total == 3 and sorted(batches.global_batch(1).tolist()) == [0, 1, 2]
+    assert batches.plan(1) == (3, 0.5) and sorted(batches.global_batch(1).tolist()) == [0, 1, 2]
     for wrong, message in (
-        ({"batch_size": 2, "world_size": 3, "rank": 2}, "2 clips leaves some of the 3 processes"),
-        ({"batch_size": 0}, "batch of at least 1"),
-        ({"batch_size": 2, "rank": 1}, "rank: expected 0 .. 0, got 1"),
-        ({"batch_size": 2, "start_step": 3}, r"0 .. steps \(2\), got 3"),
-        ({"batch_size": 2, "weights": [1.0, 2.0]}, "expected 5 numbers"),
-        ({"batch_size": 2, "weights": [0.0] * 5}, "not all 0"),
+        ({"sizes": 2, "world_size": 3, "rank": 2}, "2 clips leaves some of the 3 processes"),
+        ({"sizes": 0}, "batch of at least 1"),
+        ({"sizes": 2, "rank": 1}, "rank: expected 0 .. 0, got 1"),
+        ({"sizes": 2, "start_step": 3}, r"0 .. steps \(2\), got 3"),
+        ({"sizes": 2, "weights": [1.0, 2.0]}, "expected 5 numbers"),
+        ({"sizes": 2, "weights": [0.0] * 5}, "not all 0"),
     ):
         with pytest.raises(ValueError, match=message):
             StepBatches(5, steps=2, **wrong)
@@ -431,6 +468,6 @@ def test_bad_files() -> None:
 
 def test_collate_checks_labels_into_rows() -> None:
     failure = Failure("/x.mp4", "broken", 4, 7, 1)
-    batch = collate([failure], total=3, spec=ClipSpec(1.0, 16000, 8, even(2)))
-    assert (batch.step, batch.total, len(batch), batch.labels) == (7, 3, 0, None)
+    batch = collate([failure], spec=ClipSpec(1.0, 16000, 8, even(2)))
+    assert (batch.step, batch.total, len(batch), batch.labels) == (7, 2, 0, None)
     assert batch.frames.shape == (0, 2, 3, 8, 8) and batch.failures == [failure]

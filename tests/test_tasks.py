@@ -123,7 +123,7 @@ def test_pooled_features_read_what_a_clip_has():
     }  # fmt: skip
     broken = Failure("x.mp4", "broken", index=9)
     batches = [[samples[7], samples[2]], [broken], [samples[5], samples[4]]]
-    loader = [collate(batch, total=4, spec=model.frontend.spec, num_classes=4) for batch in batches]
+    loader = [collate(batch, spec=model.frontend.spec, num_classes=4) for batch in batches]
     found = pooled(model, loader, "cpu")
     assert found["index"].tolist() == [2, 4, 5, 7] and found["failures"] == [broken] and model.training
     assert found["labels"].argmax(1).tolist() == [1, 3, 2, 0]
@@ -140,7 +140,7 @@ def test_pooled_features_read_what_a_clip_has():
             want = torch.zeros(32) if tokens is None else tokens[0].mean(0)
             torch.testing.assert_close(found[kind][row], want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no clip could be read"):
-        pooled(model, [collate([broken], total=1, spec=model.frontend.spec)], "cpu")
+        pooled(model, [collate([broken], spec=model.frontend.spec)], "cpu")
 
 
 def test_a_diverged_model_gives_no_figure():

@@ -217,7 +217,7 @@ def test_a_batch_without_a_readable_clip_touches_every_parameter(clips):
 
     trainer = Trainer(create_model("avsiam_tiny", **MODEL), demo(), torch.device("cpu"))
     failure = Failure("x.mp4", "broken", index=0, step=0, position=3)
-    batch = collate([failure], total=8, spec=trainer.model.frontend.spec)
+    batch = collate([failure], spec=trainer.model.frontend.spec)
     means = trainer.step([batch], lr=0.0)
     assert means["loss"] == 0
     assert [name for name, p in trainer.model.named_parameters() if p.grad is None] == []

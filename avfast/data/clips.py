@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -58,10 +59,11 @@ class Batch:
         index: (B,) int64, which clips.
         positions: of each sample in the global batch; failures leave holes.
         step: of the sampler.
-        total: planned size of the global batch.
         failures: what this process could not decode.
         short: (B,) bool, see :class:`Sample`.
         truncated: files met that end before their headers say.
+        total: planned size of the global batch. It and ``progress`` are what the loader's sampler says.
+        progress: share of the training before this step.
     """
 
     waveform: Tensor
@@ -73,17 +75,18 @@ class Batch:
     index: Tensor
     positions: tuple[int, ...]
     step: int
-    total: int
     failures: list[Failure]
     short: Tensor
     truncated: tuple[str, ...] = ()
+    total: int = 1
+    progress: float = 0.0
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def key(self, seed: int) -> DrawKey:
         """The key of this batch's draws."""
-        return DrawKey(seed, self.step, self.positions, self.total)
+        return DrawKey(seed, self.step, self.positions, self.total, self.progress)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """This batch with its tensors on ``device``."""
@@ -107,23 +110,20 @@ class StepBatches:
 
     Args:
         num_clips: to choose from.
-        batch_size: planned size of the global batch, over all processes. More than there are clips: all clips, with a
-            warning.
+        sizes: planned size of the global batch, over all processes: a number, or a function of the epoch (from 0) for a
+            batch that grows or shrinks between epochs. More than there are clips: all clips, with a warning
+            if that is so from the start.
         steps: end of the range of steps.
         start_step: its beginning; a resumed run begins where it left off.
         seed: of the permutations.
         rank, world_size: this process and how many there are.
         weights: (num_clips,) sampling weights.
-
-    Attributes:
-        total: size of the global batch.
-        steps_per_epoch: batches until every clip had its turn.
     """
 
     def __init__(
         self,
         num_clips: int,
-        batch_size: int,
+        sizes: int | Callable[[int], int],
         *,
         steps: int,
         start_step: int = 0,
@@ -132,24 +132,14 @@ class StepBatches:
         world_size: int = 1,
         weights: Sequence[float] | None = None,
     ) -> None:
-        if num_clips < 1 or batch_size < 1:
-            raise ValueError(f"expected at least one clip and a batch of at least 1, got {num_clips} and {batch_size}")
+        if num_clips < 1:
+            raise ValueError(f"num_clips: expected at least one clip, got {num_clips}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 .. {world_size - 1}, got {rank}")
         if not 0 <= start_step <= steps:
             raise ValueError(f"start_step: expected 0 .. steps ({steps}), got {start_step}")
-        if batch_size > num_clips:
-            warnings.warn(
-                f"the data holds {num_clips} clips, fewer than a batch of {batch_size}: batches of {num_clips}",
-                stacklevel=2,
-            )
-        self.total = min(batch_size, num_clips)
-        if self.total < world_size:
-            raise ValueError(
-                f"a global batch of {self.total} clips leaves some of the {world_size} processes without any"
-            )
         self.num_clips = num_clips
-        self.steps_per_epoch = num_clips // self.total
+        self.sizes = sizes
         self.steps = steps
         self.start_step = start_step
         self.seed = seed
@@ -164,6 +154,13 @@ class StepBatches:
                 )
             self._cumulative = np.cumsum(values) / values.sum()
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._firsts = [0]  # the first step of each epoch, as far as anyone has asked
+        if (planned := self._planned(0)) > num_clips:
+            warnings.warn(
+                f"the data holds {num_clips} clips, fewer than a batch of {planned}: batches of {num_clips}",
+                stacklevel=2,
+            )
+        self.size(0)  # what cannot be is said at once
 
     def __len__(self) -> int:
         return self.steps - self.start_step
@@ -172,20 +169,53 @@ class StepBatches:
         for step in range(self.start_step, self.steps):
             yield self.at(step)
 
+    def size(self, epoch: int) -> int:
+        """Planned size of the global batches of an epoch."""
+        planned = self._planned(epoch)
+        if planned < 1:
+            raise ValueError(f"sizes: expected a batch of at least 1, got {planned} in epoch {epoch}")
+        size = min(planned, self.num_clips)
+        if size < self.world_size:
+            raise ValueError(
+                f"a global batch of {size} clips leaves some of the {self.world_size} processes without any"
+            )
+        return size
+
+    def first_step(self, epoch: int) -> int:
+        """The step with which an epoch begins; after so many steps every clip had its turn ``epoch`` times."""
+        while len(self._firsts) <= epoch:
+            self._firsts.append(self._firsts[-1] + self.num_clips // self.size(len(self._firsts) - 1))
+        return self._firsts[epoch]
+
+    def epoch(self, step: int) -> int:
+        """The epoch that a step belongs to."""
+        while self._firsts[-1] <= step:
+            self.first_step(len(self._firsts))
+        return bisect_right(self._firsts, step) - 1
+
+    def plan(self, step: int) -> tuple[int, float]:
+        """Planned size of a step's global batch, and the progress of training: the share of ``steps`` before it."""
+        return self.size(self.epoch(step)), step / self.steps
+
     def global_batch(self, step: int) -> np.ndarray:
-        """(total,) clip indices of a step, by position."""
+        """(size,) clip indices of a step, by position."""
+        epoch = self.epoch(step)
+        size, place = self.size(epoch), step - self.first_step(epoch)
         if self._cumulative is not None:
-            draws = self._rng("weighted", step).random(self.total)
+            draws = self._rng("weighted", step).random(size)
             return np.searchsorted(self._cumulative, draws, side="right").clip(max=self.num_clips - 1)
-        epoch, place = divmod(step, self.steps_per_epoch)
         if self._permutation[0] != epoch:
             self._permutation = (epoch, self._rng("epoch", epoch).permutation(self.num_clips))
-        return self._permutation[1][place * self.total : (place + 1) * self.total]
+        return self._permutation[1][place * size : (place + 1) * size]
 
     def at(self, step: int) -> list[Item]:
         """This process's part of a step's batch."""
-        first, last = _share(self.total, self.rank, self.world_size)
-        return [(int(index), step, first + i) for i, index in enumerate(self.global_batch(step)[first:last])]
+        batch = self.global_batch(step)
+        first, last = _share(len(batch), self.rank, self.world_size)
+        return [(int(index), step, first + i) for i, index in enumerate(batch[first:last])]
+
+    def _planned(self, epoch: int) -> int:
+        return self.sizes(epoch) if callable(self.sizes) else self.sizes
 
     def _rng(self, stream: str, number: int) -> np.random.Generator:
         return DrawKey(self.seed, number, (0,), 1).generator(stream, 0)
@@ -197,7 +227,10 @@ class _InOrder:
     def __init__(self, num_clips: int, batch_size: int, rank: int, world_size: int) -> None:
         self.first, self.last = _share(num_clips, rank, world_size)
         self.batch_size = batch_size
-        self.total = num_clips
+        self.num_clips = num_clips
+
+    def plan(self, step: int) -> tuple[int, float]:
+        return self.num_clips, 0.0
 
     def __len__(self) -> int:
         return -(-(self.last - self.first) // self.batch_size)
@@ -211,12 +244,11 @@ def _share(count: int, rank: int, world_size: int) -> tuple[int, int]:
     return rank * count // world_size, (rank + 1) * count // world_size
 
 
-def collate(samples: Sequence[Sample | Failure], *, total: int, spec: ClipSpec, num_classes: int = 0) -> Batch:
+def collate(samples: Sequence[Sample | Failure], *, spec: ClipSpec, num_classes: int = 0) -> Batch:
     """Decoded clips to a :class:`Batch`; failures to its list, the others keep their order and positions.
 
     Args:
         samples: at least one, all of one step.
-        total: planned size of the global batch.
         spec, num_classes: shapes that a batch without a sample must have too.
     """
     good = [sample for sample in samples if isinstance(sample, Sample)]
@@ -241,10 +273,10 @@ def collate(samples: Sequence[Sample | Failure], *, total: int, spec: ClipSpec, 
         index=torch.tensor([sample.index for sample in good], dtype=torch.long),
         positions=tuple(sample.position for sample in good),
         step=samples[0].step,
-        total=total,
         failures=[sample for sample in samples if isinstance(sample, Failure)],
         short=torch.tensor([sample.short for sample in good], dtype=torch.bool),
         truncated=tuple(path for sample in good for path in sample.truncated),
+        total=1 + max(sample.position for sample in samples),
     )
 
 
@@ -256,8 +288,9 @@ class Loader:
         truncated: the files met so far that end before their headers say.
     """
 
-    def __init__(self, loader: DataLoader[Any], seconds: float) -> None:
+    def __init__(self, loader: DataLoader[Any], batches: StepBatches | _InOrder, seconds: float) -> None:
         self._loader = loader
+        self._batches = batches
         self._seconds = seconds
         self.short: set[int] = set()
         self.truncated: set[str] = set()
@@ -275,6 +308,8 @@ class Loader:
         try:
             for batch in batches:
                 self._note(batch)
+                # here and not in the workers, which a function of the user's might not reach
+                batch.total, batch.progress = self._batches.plan(batch.step)
                 yield batch
         finally:
             del batches  # asks the workers to end, and waits a little
@@ -322,12 +357,11 @@ def make_loader(
         worker_init_fn=_end_with_trainer,
         collate_fn=partial(
             collate,
-            total=batches.total,
             spec=dataset.spec,
             num_classes=len(dataset.class_names),
         ),
     )
-    return Loader(loader, dataset.spec.seconds)
+    return Loader(loader, batches, dataset.spec.seconds)
 
 
 def _end_with_trainer(worker: int) -> None:

@@ -126,7 +126,7 @@ def prepare(config: Config, device: torch.device, out: Path) -> Run:
         world_size=world_size(),
         weights=[clip.weight for clip in clips.clips] if config.weights_csv else None,
     )
-    per_epoch = batches.steps_per_epoch / config.accumulate
+    per_epoch = batches.first_step(1) / config.accumulate
     total = max(ceil(config.epochs * per_epoch) if config.steps is None else config.steps, start)
     batches.start_step, batches.steps = start * config.accumulate, total * config.accumulate
     rate = sum(parallel.gather(matmul_rate(device, trainer.dtype))) if config.count_flops else None

@@ -62,7 +62,7 @@ class Run:
     @property
     def steps_per_epoch(self) -> float:
         """Optimiser steps of a pass over the clips."""
-        return self.batches.steps_per_epoch / self.config.accumulate
+        return self.batches.first_step(1) / self.config.accumulate
 
     def account(self, failures: list[Failure]) -> None:
         """Names each bad file once; ``failures`` are those of all processes.
