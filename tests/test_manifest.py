@@ -15,7 +15,7 @@ import pytest
 
 from avfast.data import clip_list
 from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
-from avfast.data.manifest import read, read_folder, read_manifest
+from avfast.data.manifest import read_all, read_folder, read_manifest
 from avfast.train import data
 from avfast.train.config import Config
 
@@ -122,8 +122,7 @@ def test_missing_files(tmp_path: Path, classes: Path) -> None:
         (lambda: read_manifest(path, tmp_path / "none.csv"), "class CSV .*none.csv: No such file"),
         (lambda: read_manifest(path, classes, tmp_path / "w.csv"), "weights CSV .*w.csv: No such file"),
         (lambda: read_folder(tmp_path / "nowhere"), "no such folder: .*nowhere"),
-        (lambda: read(f"{path},{tmp_path}/none.json"), "no such file or folder: .*none.json"),
-        (lambda: read(""), "expected a folder or a JSON manifest, got an empty name"),
+        (lambda: read_all([str(path), f"{tmp_path}/none.json"]), "no such file or folder: .*none.json"),
     ):
         with pytest.raises(ValueError, match=name):
             call()
@@ -202,9 +201,9 @@ def test_a_single_file(tmp_path: Path, classes: Path) -> None:
     for name in ("one.MP4", "two.wav"):
         (tmp_path / name).touch()
     one = Clip("one", f"{tmp_path}/one.MP4", f"{tmp_path}/one.MP4")
-    assert read(tmp_path / "one.MP4") == ClipList((one,)) == read_folder(tmp_path / "one.MP4")
+    assert read_all([f"{tmp_path}/one.MP4"]) == ClipList((one,)) == read_folder(tmp_path / "one.MP4")
     path = manifest(tmp_path, entry())
-    both = read(f"{tmp_path}/one.MP4,{path},{tmp_path}/two.wav", str(classes))
+    both = read_all([f"{tmp_path}/one.MP4", str(path), f"{tmp_path}/two.wav"], str(classes))
     assert [clip.id for clip in both.clips] == ["one", "a", "two"] and both.clips[1].labels == (0, 2)
 
 
@@ -307,16 +306,13 @@ def test_several_at_once(tmp_path: Path, classes: Path) -> None:
     second = manifest(tmp_path, entry(video_id="b", labels="/m/05zppz"), name="second,part.json")
     weights = tmp_path / "w.csv"
     weights.write_text("3\n")
-    both = read(f"{first},{tmp_path / 'more'}", str(classes), str(weights))
+    both = read_all([str(first), f"{tmp_path}/more"], str(classes), [str(weights)])
     assert both.class_names == ("Speech", "Male speech, man speaking", "Bark", "Meow")
     assert [(clip.id, clip.labels, clip.weight) for clip in both.clips] == [
         ("a", (0, 2), 3.0),
         ("Bark/x", (2,), 1.0),
         ("Meow/y", (3,), 1.0),
     ]
-    assert read(second, str(classes)).clips[0].labels == (1,)  # a name with a comma is taken whole
-    assert merge([read(first), read(second)]).class_names == ()
+    assert read_all([str(first), str(second)]).class_names == ()
     with pytest.raises(ValueError, match="one CSV for each of the 2 manifests, got 1"):
-        read(f"{first},{first}", None, str(weights))
-    with pytest.raises(ValueError, match="goes with a JSON manifest"):
-        read(tmp_path / "more", str(classes))
+        read_all([str(first), str(first)], None, [str(weights)])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 
 import numpy as np
@@ -95,24 +94,6 @@ def test_every_patch_is_kept_equally_often():
 def test_an_unknown_structure_is_refused():
     with pytest.raises(ValueError, match="structure must be one of .*'diagonal'"):
         keep_patches((2, 2), [0.5], key_of(0), "audio", "diagonal")
-
-
-@pytest.mark.parametrize("positions", [[0], [95], [3, 4, 9], [9, 2, 3], range(40, 96), []])
-@pytest.mark.parametrize("count", [1, 4, 50])
-def test_bits_are_those_of_numpys_philox_and_belong_to_a_position(positions, count):
-    seed, step, blocks = 2**64 - 1, 2**32 + 3, -(-count // 4)
-    got = DrawKey(seed, step, positions, 96).bits("audio", count)
-    assert got.shape == (len(positions), count) and got.dtype == np.uint64
-    for position, row in zip(positions, got, strict=True):
-        key = np.array([seed, zlib.crc32(b"audio")], dtype=np.uint64)
-        philox = np.random.Philox(key=key, counter=[position * blocks, 0, 0, step])
-        assert (row == philox.random_raw(count)).all()
-    assert positions == [] or (got != DrawKey(seed, step, positions, 96).bits("visual", count)).any()
-
-
-def test_uniform_numbers_lie_in_the_unit_interval():
-    x = DrawKey(0, 1, range(1000), 1000).uniform("gain", 3)
-    assert 0 <= x.min() < 0.01 and 0.99 < x.max() < 1 and abs(x.mean() - 0.5) < 0.03
 
 
 def test_kept_packs_longest_first_and_finds_back():

@@ -14,7 +14,7 @@ from avfast.data.clips import (
 )
 from avfast.data.frontend import HTKFrontend, KaldiFrontend
 from avfast.data.log_mel import htk_log_mel, log_mel
-from avfast.data.manifest import read, read_folder, read_manifest
+from avfast.data.manifest import read_all, read_folder, read_manifest
 from avfast.data.media import MediaError, MediaFile, MediaInfo, probe, read_audio, read_frames
 from avfast.data.spec import ClipSpec, Frames
 
@@ -40,7 +40,7 @@ __all__ = [
     "log_mel",
     "make_loader",
     "probe",
-    "read",
+    "read_all",
     "read_audio",
     "read_folder",
     "read_frames",

@@ -13,31 +13,9 @@ from pathlib import Path
 from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
 from avfast.data.media import AUDIO_EXTENSIONS, MEDIA_EXTENSIONS
 
-__all__ = ["Clip", "ClipList", "merge", "read", "read_all", "read_folder", "read_manifest"]
+__all__ = ["Clip", "ClipList", "merge", "read_all", "read_folder", "read_manifest"]
 
 _AGAIN = "met before under another name"
-
-
-def read(data: str | os.PathLike[str], class_csv: str | None = None, weights_csv: str | None = None) -> ClipList:
-    """A folder, a media file, a CAV-MAE JSON manifest, or several of them joined by commas; see :func:`read_all`.
-
-    Args:
-        data: the path or paths. A path that exists is taken whole, commas included.
-        class_csv: the classes of the manifests' labels; without it labels are ignored.
-        weights_csv: sampling weights of the manifests, joined by commas if there are several.
-
-    Raises:
-        ValueError: with one line naming what was wrong, and where.
-    """
-    text = os.fspath(data)
-    paths = [text] if os.path.exists(text) else [part.strip() for part in text.split(",") if part.strip()]
-    if not paths:
-        raise ValueError("data: expected a folder or a JSON manifest, got an empty name")
-    if class_csv and not any(map(is_manifest, paths)):
-        raise ValueError(
-            f"class CSV: {class_csv} goes with a JSON manifest; the classes of a folder are its sub-folders"
-        )
-    return read_all(paths, class_csv, [part.strip() for part in weights_csv.split(",")] if weights_csv else ())
 
 
 def read_all(
