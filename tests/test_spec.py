@@ -105,6 +105,9 @@ def test_a_model_that_only_listens_opens_no_pictures(films: ClipList, cache: boo
     front = Listening(num_frames=64, image_size=32)
     (batch,) = eval_loader(ClipDataset(heard, spec=front.spec, train=False, cache=cache), 1)
     assert batch.has_audio.all() and not batch.has_visual.any() and batch.frames.shape == (1, 0, 3, 32, 32)
+    silent = ClipList((Clip("x", None, films.clips[0].path),))
+    failure = ClipDataset(silent, spec=front.spec, train=False, cache=cache)[0, 0, 0]
+    assert (failure.path, failure.reason) == (films.clips[0].path, "holds no sound")
     assert list(front(batch)) == ["audio"] and front.load(films.clips[0].path)[1] is None
 
 

@@ -126,7 +126,8 @@ class ClipDataset(Dataset[Sample | Failure]):
             cut = self._cut(self._remember(index), rng) if self.cache else self._decode(clip, rng)
             waveform, frames, short, truncated = cut
             if waveform is None and frames is None:
-                raise MediaError(clip.path, "holds neither sound nor pictures")
+                lacks = "holds no sound" if self.spec.frames is None else "holds neither sound nor pictures"
+                raise MediaError(self.clips[index].path, lacks)
         except MediaError as error:
             return Failure(error.path, error.reason, index, step, position)
         if frames is not None:
