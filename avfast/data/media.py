@@ -177,9 +177,8 @@ class MediaFile:
         out: list[Tensor | None] = [None] * len(times)
         for i, frame in zip(order, shown, strict=True):
             out[i] = pictures[id(frame)]
-        return (
-            torch.stack([picture for picture in out if picture is not None]) if out else torch.empty(0, 0, 0, 3).byte()
-        )
+        found = [picture for picture in out if picture is not None]
+        return torch.stack(found) if found else torch.empty(0, 0, 0, 3).byte()
 
     def measure(self) -> dict[str, float]:
         """Seconds at which the last packet of each stream ends, by ``"audio"`` and ``"video"``. Nothing is decoded."""
