@@ -272,7 +272,7 @@ def test_the_table_says_what_the_kernels_were_written_for():
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_committed_table_holds_every_variant_of_these_sources(op):
-    table = {key: row for key, row in committed().items() if row["op"] == op}
+    table = {which: row for which, row in committed().items() if row["op"] == op}
     wanted = {key(labels(variant)): source(variant) for variant in variants() if variant[0] == op}
     assert set(table) == set(wanted)
     for row in table.values():
