@@ -397,6 +397,15 @@ def ast(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain_vit(rename(state, [(r"v\.(.*)", r"\1"), (r"mlp_head\..*", None)]))
 
 
+def load_mae(source: Source, blocks: nn.Module, norm: nn.Module, embed: nn.Module, transposed: bool = False) -> None:
+    """Fill a transformer from a masked autoencoder's encoder; ``transposed`` where its patch kernel is."""
+    with naming(source):
+        weights = mae_encoder(load(source))
+        if transposed:
+            weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].mT
+        load_into(nn.ModuleDict({"blocks": blocks, "norm": norm, "patch_embed": embed}), weights)
+
+
 def timm_vit(name: str, pretrained: bool, img_size: int | None = None) -> nn.Module:
     """A timm Vision Transformer without head, its positions resized to ``img_size``.
 

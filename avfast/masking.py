@@ -9,7 +9,7 @@ which pair of ratios is random, so the number of kept tokens is the same at ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import floor
 from typing import TYPE_CHECKING, Literal
@@ -135,7 +135,7 @@ class Kept:
     rows: Tensor
     inverse: Tensor
     lengths: tuple[int, ...]
-    order: tuple[int, ...]
+    order: tuple[int, ...] = field(compare=False)  # differs from step to step, and is not read in a pass
 
     @classmethod
     def pack(cls, keep: Sequence[Tensor] | Tensor) -> Kept:

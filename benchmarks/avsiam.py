@@ -166,14 +166,14 @@ def schedules(setting: Setting, case: str) -> Bench:
 
 
 def released(setting: Setting, pairs: int, audio: Tensor, visual: Tensor) -> Step:
-    """Both branches of the released objective, one after the other, group by group."""
+    """Both passes of the released objective, one after the other, group by group."""
     model = setting.model(f"avsiam_{setting.size}", **{**RELEASED, "decoder_depth": setting.depth or 8})
-    branches = [
-        GroupByGroup(model, model.draw(pairs, torch.Generator().manual_seed(2), branch=branch), (branch,))
-        for branch in model.branches
+    passes = [
+        GroupByGroup(model, model.draw(pairs, torch.Generator().manual_seed(2), only=only), (only,))
+        for only in model.passes
     ]
-    # The branches share no activation, so one backward pass of the sum is the work of two.
-    return Step(model, setting.autocast(lambda: sum(branch(audio, visual) for branch in branches)))
+    # The passes share no activation, so one backward pass of the sum is the work of two.
+    return Step(model, setting.autocast(lambda: sum(one(audio, visual) for one in passes)))
 
 
 def count(build: type[Variant], model: nn.Module, draws, parts: Sequence[str]) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avfast.masking import Kept
-from avfast.models import AVSiam, Draws
+from avfast.models import AVSiam
+from avfast.models.masked_pair import PairDraws
 from avfast.nn import patchify
 from avfast.ops import info_nce, masked_patch_mse
 from avfast.packing import cumulative, runs
@@ -52,12 +53,14 @@ class Variant(nn.Module):
     """``forward(audio, visual) -> loss``.
 
     Args:
-        model: whose modules and weights are used; shared encoder, joint objective or a branch of the released one.
+        model: whose modules and weights are used; shared encoder, joint objective or a pass of the released one.
         draws: of one step.
         parts: ``"contrastive"``, ``"reconstruction"`` or both.
     """
 
-    def __init__(self, model: AVSiam, draws: Draws, parts: Sequence[str] = ("contrastive", "reconstruction")) -> None:
+    def __init__(
+        self, model: AVSiam, draws: PairDraws, parts: Sequence[str] = ("contrastive", "reconstruction")
+    ) -> None:
         super().__init__()
         self.model, self.parts = model, tuple(parts)
         self.recompute = False

@@ -27,7 +27,7 @@ from memory import MIB, Memory, memory_in_subprocess, peak_memory, saved_bytes
 from torch import Tensor, nn
 
 from avfast import flops
-from avfast.models import DeepAVFusion, Draws, create_model
+from avfast.models import DeepAVFusion, create_model
 
 ARCHITECTURES = {
     "none": {"fusion_layers": "none"},
@@ -52,11 +52,12 @@ class Ours(nn.Module):
     def __init__(self, model: DeepAVFusion, audio_ids: Tensor, visual_ids: Tensor) -> None:
         super().__init__()
         self.model = model
-        self.layout = model.laid_out(Draws(audio_ids, visual_ids)).to(audio_ids.device).layout
+        draws = model.draw(len(audio_ids), audio_keep=audio_ids, visual_keep=visual_ids)
+        self.draws = draws.to(audio_ids.device)
 
     def forward(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, ...]:
         model, batch = self.model, len(audio)
-        a, v, tokens = model.finish(*model.run(*model.inputs(audio, visual), self.layout))
+        a, v, tokens = model.finish(*model.run(model.images(audio, visual), self.draws))
         return a.unflatten(0, (batch, -1)), v.unflatten(0, (batch, -1)), tokens
 
 
@@ -151,7 +152,7 @@ def build(setting: Setting, model: DeepAVFusion, tokens: str, form: str, device:
         layout_device = "cpu" if str(device) == "meta" else device
         encoder: nn.Module = Ours(model, *(x.to(layout_device) for x in ids))
         if str(device) == "meta":
-            encoder.layout = encoder.layout.to("meta")
+            encoder.draws = encoder.draws.to("meta")
     else:
         kept_ids = [None, None] if tokens == "full" else [x.to(device) for x in ids]
         encoder = materialised.Encoder(model, *kept_ids)

@@ -123,9 +123,9 @@ class Encoder(nn.Module):
 
     def forward(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         model = self.model
-        spectrogram, frames = model.inputs(audio, visual)
-        a = embed(model.patch_embed_a.proj, spectrogram, model.pos_embed_a, self.audio_ids)
-        v = embed(model.patch_embed.proj, frames, model.pos_embed, self.visual_ids)
+        images = model.images(audio, visual)
+        a = embed(model.patch_embed_a.proj, images["audio"], model.pos_embed_a, self.audio_ids)
+        v = embed(model.patch_embed.proj, images["visual"], model.pos_embed, self.visual_ids)
         tokens = model.fusion_tokens.expand(len(a), -1, -1)
         for i, (block_a, block_v) in enumerate(zip(model.blocks_a, model.blocks_v, strict=True)):
             fused = i in model.fusion_layers

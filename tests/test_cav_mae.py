@@ -6,7 +6,6 @@ from helpers import assert_close
 from released import EXTENTS, Released
 
 from avfast import CAVMAE, create_model
-from avfast.models import Draws
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -46,7 +45,8 @@ def test_pre_training_pass_equals_the_released_one(released):
     tol = TOLERANCE[released.dtype]
     model = CAVMAE.from_released(released.state("pretrain")).to(released.dtype).eval()
     audio, image = released.input("pt_audio"), released.input("pt_image")
-    draws = Draws(released.ids("pt_keep_audio"), released.ids("pt_keep_visual"))
+    keep = {f"{name}_keep": released.ids(f"pt_keep_{name}") for name in ("audio", "visual")}
+    draws = model.draw(len(audio), **keep)
     with torch.set_grad_enabled(released.whole):
         out = model(audio, image, draws)
     released.check("pt_loss_mae_audio_normpix", out.losses["reconstruction_audio"], tol)
@@ -68,7 +68,7 @@ def test_pre_training_pass_equals_the_released_one(released):
     for key, grad in grads.items():
         released.check_gradient("pt_grad", key, grad, tol)
     with torch.no_grad():
-        features = model.encode(audio, image, audio_keep=draws.audio_keep, visual_keep=draws.visual_keep)
+        features = model.encode(audio, image, **keep)
         released.check("pt_pooled_audio", features.audio.mean(1), tol)
         released.check("pt_pooled_visual", features.visual.mean(1), tol)
         released.check("pt_latent", features.fused, tol)

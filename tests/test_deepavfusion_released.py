@@ -11,7 +11,6 @@ from helpers import assert_close
 from released import Released
 
 from avfast import DeepAVFusion
-from avfast.models import Draws
 from avfast.released import deepavfusion
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -153,7 +152,7 @@ def test_losses_predictions_and_gradients_equal_the_released_ones(released, mode
     leaves = {k: v.detach().to(released.dtype).requires_grad_(trainable[k]) for k, v in released.state.items()}
     _, weights = deepavfusion.convert(leaves)
     audio, image = released.inputs()
-    out = torch.func.functional_call(model, weights, (audio, image, Draws(**released.kept())))
+    out = torch.func.functional_call(model, weights, (audio, image, model.draw(len(audio), **released.kept())))
     losses = torch.stack([out.losses["reconstruction_visual"], out.losses["reconstruction_audio"], out.loss])
     assert_close("losses", losses.double(), torch.from_numpy(released.expected[f"{prefix}_losses"]), tol)
     predictions = out.reconstruction["visual"], out.reconstruction["audio"]

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from avfast import AVSiam, flops
-from avfast.models import Draws
 
 QUERIES, KEYS, HEADS, HEAD_DIM, BATCH = 7, 9, 3, 16, 2
 ATTENTION = 2 * 2 * BATCH * HEADS * QUERIES * KEYS * HEAD_DIM  # two matrix products, 2 FLOP per multiply-add
@@ -155,7 +154,8 @@ def _avsiam_flops(lengths: list[tuple[int, int]], backward: bool, training: bool
 
 def _avsiam_count(lengths: list[tuple[int, int]], backward: bool, device: str = "cpu", training: bool = True) -> int:
     model = AVSiam(**AVSIAM).to(device).train(training)
-    draws = Draws(
+    draws = model.draw(
+        len(lengths),
         audio_keep=[torch.randperm(NUM_AUDIO)[:a].sort().values for a, _ in lengths],
         visual_keep=[torch.randperm(NUM_VISUAL)[:v].sort().values for _, v in lengths],
     )

@@ -4,14 +4,16 @@ import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from avfast import create_model
 from avfast.data.clip_list import Clip, ClipList
+from avfast.models.contract import Figures, Reconstruction
 from avfast.train import pictures, summary
-from avfast.train.pictures import Labels, draw_fusion, draw_losses, draw_reconstructions, reconstructions
+from avfast.train.pictures import Labels, draw_attention, draw_losses, draw_reconstructions
 from avfast.train.recipes import demo
 
 pytest.importorskip("matplotlib")
@@ -28,6 +30,11 @@ def drawn(monkeypatch):
     return figures
 
 
+def figures(model, audio, visual):
+    draws = model.draw(len(audio))
+    return model.figures({"audio": audio, "visual": visual}, draws, model(audio, visual, draws))
+
+
 def texts(figure):
     figure.canvas.draw()
     return {text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))}
@@ -36,10 +43,10 @@ def texts(figure):
 def test_reconstructions(tmp_path, drawn):
     model = create_model("avsiam_tiny", **MODEL, mask_ratios=[0.5])
     audio, visual = torch.randn(2, *model.audio_size), torch.randn(2, 3, 64, 64)
-    rows = reconstructions(model, audio, visual, model.draw(2))
-    assert [share.tolist() for share in rows["masked"]] == [[0.5, 0.5]] * 2
+    shown = figures(model.eval(), audio, visual).reconstruction
+    assert [share.tolist() for share in shown.masked] == [[0.5, 0.5]] * 2
     labels = Labels.of("demo: avsiam_tiny after 3 steps", CLIPS, [4, 5], model.frontend)
-    draw_reconstructions(rows, labels, tmp_path / "x.png")
+    draw_reconstructions(shown, labels, tmp_path / "x.png")
     said = texts(drawn[0])
     assert {"50% masked", "1.94 s", "250 Hz", "4 kHz", "log-mel power", "demo: avsiam_tiny after 3 steps"} <= said
     assert any("clip 4" in text and "a bell, red" in text for text in said)
@@ -59,8 +66,8 @@ def test_hertz_stand_where_the_filters_are():
 
 def test_fusion(tmp_path, drawn):
     model = create_model("deepavfusion_tiny", **MODEL)
-    maps = pictures.fusion_maps(model, torch.randn(1, *model.audio_size), torch.randn(1, 3, 64, 64))
-    draw_fusion(maps, Labels.of("recipe: model", CLIPS, [0], model.frontend), tmp_path / "x.png")
+    maps = figures(model.eval(), torch.randn(1, *model.audio_size), torch.randn(1, 3, 64, 64)).attention
+    draw_attention(maps, Labels.of("recipe: model", CLIPS, [0], model.frontend), tmp_path / "x.png")
     said = texts(drawn[0])
     assert any(text.startswith("recipe: model\nr, p: the weight that the fusion tokens give") for text in said)
     assert {"weight / largest of its panel", "r, layer 0", "p, layer 1"} <= said
@@ -76,18 +83,15 @@ def test_losses(tmp_path, drawn):
 
 def test_clips_of_which_nothing_is_masked_are_not_chosen(tmp_path, monkeypatch):
     shares = [torch.tensor([0.0, 0.5, 0.5, 0.5, 0.0, 0.3]), torch.tensor([0.5, 0.5, 0.0, 0.2, 0.0, 0.1])]
-    rows = {"audio": [torch.arange(6.0)] * 3, "visual": [torch.arange(6.0)] * 3, "masked": shares}
+    found = Figures(Reconstruction([torch.arange(6.0)] * 3, [torch.arange(6.0)] * 3, shares))
     batch = SimpleNamespace(index=torch.arange(6), has_audio=torch.ones(6) > 0, has_visual=torch.ones(6) > 0)
-    trainer = SimpleNamespace(
-        config=replace(demo(), pictures=2), inputs=lambda *_, **__: (torch.zeros(6), torch.zeros(6), None)
-    )
-    model = create_model("avsiam_tiny", **MODEL)
-    shown = {}
-    monkeypatch.setattr(summary, "reconstructions", lambda *_: rows)
+    trainer = SimpleNamespace(config=replace(demo(), pictures=2), inputs=lambda *_, **__: ({"audio": None}, None))
+    model, shown = MagicMock(), {}
+    model.figures.return_value, model.passes = found, ("joint",)
     monkeypatch.setattr(summary, "eval_loader", lambda *_: [batch])
     monkeypatch.setattr(summary, "draw_reconstructions", lambda rows, labels, path: shown.update(rows=rows, at=labels))
     summary.paint(trainer, model, CLIPS, tmp_path, "title")
-    assert shown["rows"]["audio"][0].tolist() == [1, 3] and [name[5] for name in shown["at"].names] == ["1", "3"]
+    assert shown["rows"].audio[0].tolist() == [1, 3] and [name[5] for name in shown["at"].names] == ["1", "3"]
     trainer.config = replace(trainer.config, pictures=4)  # too few of them: others follow
     summary.paint(trainer, model, CLIPS, tmp_path, "title")
-    assert shown["rows"]["audio"][0].tolist() == [0, 1, 3, 5]
+    assert shown["rows"].audio[0].tolist() == [0, 1, 3, 5]

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -25,8 +25,8 @@ from avfast.data import frontend
 from avfast.data.clips import Batch
 from avfast.data.frontend import _imagenet
 from avfast.models import Draws, create_model
-from avfast.models.draws import shared_plan
-from avfast.models.fusion_layout import shared_tokens
+from avfast.models.fusion_draws import shared_tokens
+from avfast.models.patched import shared_plan
 from avfast.ops import AttentionPlan
 from avfast.random import DrawKey
 from avfast.tensors import tensor_cache
@@ -43,6 +43,10 @@ def inputs(model, batch=BATCH, seed=0):
     audio = torch.randn(batch, *model.audio_size, generator=generator)
     visual = torch.randn(batch, 3, model.img_size, model.img_size, generator=generator)
     return audio, visual
+
+
+def named(data):
+    return dict(zip(("audio", "visual"), data, strict=True))
 
 
 class HostTensors(TorchDispatchMode):
@@ -89,7 +93,7 @@ def fake_plans(monkeypatch):
         return AttentionPlan(q, None if lengths_k is None else q, work)
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(AttentionPlan, "of", of)
+    monkeypatch.setattr(AttentionPlan, "from_lengths", of)
     yield
     shared_plan.cache_clear()
     shared_tokens.cache_clear()
@@ -151,8 +155,8 @@ def test_the_inputs_of_a_step_reach_the_device_without_a_wait(name, fake_plans, 
         monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: id(x) in pinned)
         with Copies(pinned) as seen:
-            audio, visual, draws = Trainer.inputs(trainer, batch, "joint")
-        assert {x.device.type for x in (audio, visual, draws.layout.index)} == {"cuda"}
+            made, draws = Trainer.inputs(trainer, batch, "joint")
+        assert {x.device.type for x in (*made.values(), *draws.tensors())} == {"cuda"}
         assert seen.crossings >= 4 and not seen.waits
         with Copies(pinned) as seen:
             batch.waveform.to("cuda")
@@ -182,6 +186,7 @@ def test_a_compiled_model_equals_the_plain_one_for_draws_given_and_a_modality_mi
     audio, visual = inputs(model, 4)
     draws = model.draw(4)
     assert_close("loss", compiled(audio, visual, draws).loss, model(audio, visual, draws).loss, 1e-6)
+    draws = model.draw(4, has_visual=[False] * 4)
     assert_close("audio alone", compiled(audio, None, draws).loss, model(audio, None, draws).loss, 1e-6)
     torch._dynamo.reset()
 
@@ -214,10 +219,11 @@ def test_a_last_block_of_masked_patches_alone_changes_no_loss_and_no_gradient(na
     model, data = create_model(name).double(), [x.double() for x in inputs(create_model(name), batch)]
     model.set_grad_checkpointing(name != "cav_mae_tiny")
     key = DrawKey(3, 1, range(batch), batch)
-    ragged = Draws([torch.randperm(5)[: 1 + i] for i in range(batch)], [torch.randperm(4)[:3]] * batch)
-    unmasked = Draws(*(torch.arange(x.num_patches).repeat(batch, 1) for x in (model.patch_embed_a, model.patch_embed)))
+    keep = [torch.randperm(5)[: 1 + i] for i in range(batch)], [torch.randperm(4)[:3]] * batch
+    whole = [torch.arange(x.num_patches).repeat(batch, 1) for x in (model.patch_embed_a, model.patch_embed)]
+    ragged, unmasked = (model.draw(batch, audio_keep=a, visual_keep=v) for a, v in (keep, whole))
     presences = (None, [i != 3 for i in range(batch)])
-    draws = [model.draw(batch, key=key, has_audio=has, branch=b) for b in model.branches for has in presences]
+    draws = [model.draw(batch, key=key, has_audio=has, only=only) for only in model.passes for has in presences]
     for drawn in (*draws, ragged, unmasked):
         results = []
         for training in (True, False):
@@ -239,11 +245,12 @@ def test_a_last_block_of_masked_patches_alone_changes_no_loss_and_no_gradient(na
 
 def test_every_step_has_the_same_signature_and_other_tokens():
     model = create_model("avsiam_tiny")
-    first, second = (model.draw(BATCH, torch.Generator().manual_seed(seed)).to("cpu").layout for seed in (0, 1))
-    assert first.signature == second.signature and not torch.equal(first.index, second.index)
+    first, second = (model.draw(BATCH, torch.Generator().manual_seed(seed)).to("cpu") for seed in (0, 1))
+    assert first.signature == second.signature
+    assert not all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
     assert first.plans["both"] is second.plans["both"]
-    smaller = model.draw(BATCH - 1).layout
-    silent = model.draw(BATCH, has_audio=[i > 0 for i in range(BATCH)]).layout
+    smaller = model.draw(BATCH - 1)
+    silent = model.draw(BATCH, has_audio=[i > 0 for i in range(BATCH)])
     assert len({first.signature, smaller.signature, silent.signature}) == 3
 
 
@@ -280,7 +287,7 @@ def test_draws_do_not_depend_on_the_split_over_processes(name):
 def test_kept_patches_that_the_model_does_not_have_are_refused(name, keep, words):
     model = create_model(name, depth=1, decoder_depth=1)
     with pytest.raises((TypeError, ValueError), match=words):
-        model(*inputs(model, 1), Draws(audio_keep=keep))
+        model.draw(1, audio_keep=keep)
     with pytest.raises((TypeError, ValueError), match=words):
         model.encode(*inputs(model, 1), visual_keep=keep)
 
@@ -341,14 +348,6 @@ def test_what_is_cached_serves_training_whatever_the_mode_it_was_made_in(mode):
         assert type(table(3)) is not torch.Tensor, "what is kept is not mixed into a traced model"
 
 
-def test_changed_draws_are_packed_anew():
-    model = create_model("avsiam_tiny")
-    data, draws = inputs(model), model.draw(BATCH).to("cpu")
-    other = model.draw(BATCH)
-    changed = Draws(other.audio_keep, draws.visual_keep, "joint")
-    assert torch.equal(model(*data, replace(draws, audio_keep=other.audio_keep)).loss, model(*data, changed).loss)
-
-
 def emulated(run):
     """What ``capture`` does, without a GPU: the replay computes on the captured inputs, into the same outputs."""
     run()
@@ -368,7 +367,7 @@ def train(passes, model, optimizer):
         optimizer.zero_grad(set_to_none=True)
         for i, size in enumerate(sizes):
             draws = model.draw(size, torch.Generator().manual_seed(10 * step + i)).to("cpu")
-            losses.append(passes(*inputs(model, size, step + i), draws, len(sizes))["loss"])
+            losses.append(passes(named(inputs(model, size, step + i)), draws, len(sizes))["loss"])
         optimizer.step()
     return torch.stack(losses)
 
@@ -380,8 +379,8 @@ def test_a_replayed_pass_trains_as_the_plain_one():
         model = create_model("avsiam_tiny", depth=1, decoder_depth=1, fusion_depth=1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-        def run(audio, visual, draws, parts, model=model):
-            output = model(audio, visual, draws)
+        def run(data, draws, parts, model=model):
+            output = model(**data, draws=draws)
             (output.loss / parts).backward()
             return {"loss": output.loss.detach()}
 
@@ -393,6 +392,13 @@ def test_a_replayed_pass_trains_as_the_plain_one():
     # not bit for bit: with several threads a matrix product depends on where its operands lie in memory
     assert_close("losses", got, want, 1e-5)
     assert_close("parameters", *(torch.cat([p.flatten() for p in side]) for side in (ours, parameters)), 1e-5)
+
+
+@dataclass(frozen=True, eq=False)
+class Record(Draws):
+    """Draws of a model to come."""
+
+    ids: torch.Tensor
 
 
 class Calls(TorchDispatchMode):
@@ -409,28 +415,27 @@ class Calls(TorchDispatchMode):
 
 def test_a_replay_zeroes_and_copies_all_gradients_at_once():
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(5)])
-    data = torch.ones(3, 2), torch.ones(3, 2)
-    draws = SimpleNamespace(branch="joint", layout=SimpleNamespace(signature=(), index=torch.zeros(1)))
-    draws.to = lambda device: draws
+    data, draws = named((torch.ones(3, 2), torch.ones(3, 2))), Record("joint", torch.zeros(1))
 
-    def run(audio, visual, draws, parts):
-        model(audio).sum().backward()
+    def run(data, draws, parts):
+        model(data["audio"]).sum().backward()
         return {"loss": torch.zeros(())}
 
     passes = GraphedPass(run, model.parameters(), lambda run: (run(), lambda: None))
     for _ in range(3):
-        passes(*data, draws, 1)
+        passes(data, draws, 1)
     model.zero_grad(set_to_none=True)
     with Calls() as calls:
-        passes(*data, draws, 1)
+        passes(data, draws, 1)
     assert calls.counts[torch.ops.aten._foreach_zero_] == 1 and not calls.counts[torch.ops.aten.zero_]
     assert all((p.grad == 0).all() for p in model.parameters())
     others = [torch.full_like(p, 2) for p in model.parameters()]
     for parameter, grad in zip(model.parameters(), others, strict=True):
         parameter.grad = grad
     with Calls() as calls:
-        passes(*data, draws, 1)
-    assert calls.counts[torch.ops.aten._foreach_copy_] == 1 and calls.counts[torch.ops.aten.copy_] == 3, "the inputs"
+        passes(data, draws, 1)
+    assert calls.counts[torch.ops.aten._foreach_copy_] == 2, "gradients and draws"
+    assert calls.counts[torch.ops.aten.copy_] == 2, "the inputs"
     assert all((p.grad == 2).all() for p in model.parameters())
 
 
@@ -463,9 +468,9 @@ def test_a_cuda_graph_trains_as_the_plain_pass(name):
         model = create_model(name).cuda()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
-        def run(audio, visual, draws, parts, model=model):
+        def run(data, draws, parts, model=model):
             with torch.autocast("cuda", torch.bfloat16):
-                output = model(audio, visual, draws)
+                output = model(**data, draws=draws)
             (output.loss / parts).backward()
             return {"loss": output.loss.detach()}
 
@@ -473,7 +478,7 @@ def test_a_cuda_graph_trains_as_the_plain_pass(name):
         for step in range(6):
             optimizer.zero_grad(set_to_none=True)
             draws = model.draw(BATCH, torch.Generator().manual_seed(step)).to("cuda")
-            losses.append(passes(*(x.cuda() for x in inputs(model, seed=step)), draws, 1)["loss"])
+            losses.append(passes(named(x.cuda() for x in inputs(model, seed=step)), draws, 1)["loss"])
             optimizer.step()
         results.append(torch.stack(losses))
     assert_close("losses", results[1], results[0], 1e-3)

@@ -103,11 +103,12 @@ def test_one_step_of_every_kind_of_row(config):
     before = {k: v.clone() for k, v in model.named_parameters() if v.requires_grad}
     losses = Trainer(model, config, torch.device("cpu")).step([random_batch(model, 6)], config.lr)
     expected = {"loss"}
-    expected |= {"contrastive"} if model.contrastive_weight else set()
-    expected |= {"reconstruction_audio", "reconstruction_visual"} if model.reconstruction_weight else set()
+    expected |= {"contrastive"} if model.contrasts else set()
+    reconstructs = config.model_args.get("reconstruction_weight", 1)
+    expected |= {"reconstruction_audio", "reconstruction_visual"} if reconstructs else set()
     assert set(losses) == expected and all(math.isfinite(loss) and loss > 0 for loss in losses.values())
     still = {k for k, v in model.named_parameters() if k in before and torch.equal(v, before[k])}
-    idle = ("decoder.", "fusion.") if not model.reconstruction_weight else ()
+    idle = ("decoder.", "fusion.") if not reconstructs else ()
     assert {k for k in still if not k.startswith(idle)} == set()
 
 
@@ -169,7 +170,7 @@ def test_the_released_recipe_has_the_released_layout():
     config = RECIPES["avsiam_base_released"]()
     with torch.device("meta"):
         model = create_model(config.model, **config.model_args)
-    assert model.branches == ("contrastive", "reconstruction") and model.encoder_a is not None
+    assert model.passes == ("contrastive", "reconstruction") and model.encoder_a is not None
     assert (model.mask_ratios, model.audio_structure) == ((0.0, 0.2, 0.4, 0.6, 0.8), "time_frequency")
     assert (model.reconstruction_ratio, model.norm_pix, model.stop_gradient) == (0.75, False, False)
     assert model.double_embedding and len(model.decoder.blocks) == 8

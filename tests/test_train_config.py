@@ -72,9 +72,10 @@ def test_groups_of_parameters():
     model = torch.nn.ModuleDict({"image": torch.nn.Linear(2, 3), "fusion": torch.nn.Linear(3, 4)})
     (group,) = parameter_groups(model, Config())
     assert group["params"] == list(model.parameters()) and group["weight_decay"] == Config().weight_decay
+    model.parameter_groups = dict
     with pytest.raises(SettingError, match="avsiam_base names no unimodal parts"):
         parameter_groups(model, Config(unimodal_ramp=0.5))
-    model.unimodal_parts = ("image.",)
+    model.parameter_groups = lambda: {"unimodal": list(model["image"].parameters())}
     groups = parameter_groups(model, Config(unimodal_ramp=0.5, decay_1d=False, weight_decay=0.05))
     found = {(g["unimodal"], g["weight_decay"]): [tuple(p.shape) for p in g["params"]] for g in groups}
     assert found == {(True, 0.05): [(3, 2)], (True, 0.0): [(3,)], (False, 0.05): [(4, 3)], (False, 0.0): [(4,)]}
@@ -87,7 +88,7 @@ def test_the_ramp_holds_the_unimodal_parts_back():
     from avfast.train.trainer import Trainer
 
     model = create_model("avsiam_tiny", embed_dim=32, depth=1)
-    model.unimodal_parts = ("encoder.",)
+    model.parameter_groups = lambda: {"unimodal": list(model.encoder.parameters())}
     trainer = Trainer(model, dataclasses.replace(demo(), unimodal_ramp=0.5), torch.device("cpu"))
     trainer.step([], 0.1, 0.25)
     rates = {group["unimodal"]: group["lr"] for group in trainer.optimizers[0].param_groups}

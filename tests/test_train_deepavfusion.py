@@ -15,9 +15,9 @@ from test_train import QUIET, arguments, assert_same, clips, losses  # noqa: F40
 from avfast import create_model
 from avfast.data.clips import StepBatches
 from avfast.demo import PRESETS
+from avfast.models import Output
 from avfast.train import checkpoint, data
 from avfast.train.loop import run
-from avfast.train.pictures import fusion_maps
 from avfast.train.recipes.deepavfusion import deepavfusion_demo
 from avfast.train.trainer import Trainer
 
@@ -121,16 +121,18 @@ def test_two_processes_equal_one_where_a_modality_is_missing(tmp_path, clips):  
 def test_maps_are_what_the_layers_weigh():
     model = create_model("deepavfusion_tiny", **MODEL | {"depth": 4})
     audio, visual = torch.randn(2, *model.audio_size), torch.randn(2, 3, 64, 64)
-    maps = fusion_maps(model, audio, visual)
-    grids = model.patch_embed_a.grid_size, model.patch_embed.grid_size
-    for name, side in (("p", 0), ("r", 1)):
-        assert list(maps[name]) == [0, 2, 3]
-        for layer, found in maps[name].items():
+    draws = model.draw(2)
+
+    def shown(model):
+        return model.figures({"audio": audio, "visual": visual}, draws, Output(torch.zeros(()))).attention
+
+    maps, grids = shown(model), (model.patch_embed_a.grid_size, model.patch_embed.grid_size)
+    for side, of_layers in enumerate((maps.p, maps.r)):
+        assert list(of_layers) == [0, 2, 3]
+        for layer, found in of_layers.items():
             assert found.shape == (2, *grids[side])
             torch.testing.assert_close(found.sum((1, 2)), torch.ones(2))
             want = model.fusion_attention(audio, visual)[layer][side].mean((1, 2))
             torch.testing.assert_close(found.flatten(1), want)
     for without in ({"fusion_arch": "token"}, {"fusion_layers": "none"}):
-        assert fusion_maps(create_model("deepavfusion_tiny", **MODEL | without), audio, visual) is None
-    assert fusion_maps(model, audio[:0], visual[:0]) is None
-    assert fusion_maps(create_model("avsiam_tiny"), audio, visual) is None
+        assert shown(create_model("deepavfusion_tiny", **MODEL | without)) is None

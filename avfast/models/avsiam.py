@@ -47,8 +47,8 @@ from torch import Tensor, nn
 
 from avfast import checkpoints
 from avfast.masking import Structure, check_ratio
-from avfast.models.base import AudioVisualMAE, init_weights
-from avfast.models.draws import Layout, shared_plan
+from avfast.models.masked_pair import MaskedPair, PairDraws
+from avfast.models.patched import init_weights, shared_plan
 from avfast.nn import JointDecoder, PackedBlock, sincos_2d
 from avfast.nn.norm import layer_norm
 from avfast.ops import AttentionPlan
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         self.norm = layer_norm(dim, norm_sets, norm_eps)
 
 
-class AVSiam(AudioVisualMAE):
+class AVSiam(MaskedPair):
     """AVSiam (see the head of this file).
 
     Args:
@@ -107,6 +107,8 @@ class AVSiam(AudioVisualMAE):
     Raises:
         ValueError: on settings that contradict each other.
     """
+
+    sources = ("image", "spectrogram")
 
     @float32_weights
     def __init__(
@@ -163,7 +165,7 @@ class AVSiam(AudioVisualMAE):
             raise ValueError('separate_mae_audio needs objective="released" and shared=True')
         if joint_head not in ("concat", "mean"):
             raise ValueError(f'joint_head must be "concat" or "mean", got {joint_head!r}')
-        self.branches = ("joint",) if objective == "joint" else ("contrastive", "reconstruction")
+        self.passes = ("joint",) if objective == "joint" else ("contrastive", "reconstruction")
         self.objective, self.reconstruction_ratio = objective, check_ratio(reconstruction_ratio)
         self.shared, self.stop_gradient, self.double_embedding = shared, stop_gradient, double_embedding
         self.separate_mae_audio, self.joint_head = separate_mae_audio, joint_head
@@ -199,20 +201,20 @@ class AVSiam(AudioVisualMAE):
             state = {k: v[0] if "norm" in k and v.ndim == 2 else v for k, v in block.state_dict().items()}
             fusion.load_state_dict(state)
 
-    def masking(self, branch: str) -> tuple[tuple[float, ...], Structure]:
-        if branch == "reconstruction":
+    def masking(self, only: str) -> tuple[tuple[float, ...], Structure]:
+        if only == "reconstruction":
             return (self.reconstruction_ratio,), "unstructured"
-        return super().masking(branch)
+        return super().masking(only)
 
-    def unimodal(self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint") -> tuple[Tensor, Tensor]:
-        kept_a, kept_v, plans = layout.audio, layout.visual, layout.plans
-        cut = branch == "reconstruction" and self.stop_gradient
+    def unimodal(self, audio: Tensor, visual: Tensor, draws: PairDraws) -> tuple[Tensor, Tensor]:
+        kept_a, kept_v, plans = draws.audio_keep, draws.visual_keep, draws.plans
+        cut = draws.only == "reconstruction" and self.stop_gradient
         with torch.no_grad() if cut else nullcontext():
             a = self.patch_embed_a(audio, kept_a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][kept_a.ids]
             v = self.patch_embed(visual, kept_v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][kept_v.ids]
             if self.double_embedding:
                 a, v = 2 * a, 2 * v
-            if not self.shared or (self.separate_mae_audio and branch == "reconstruction"):
+            if not self.shared or (self.separate_mae_audio and draws.only == "reconstruction"):
                 a = self.run_encoder(self.encoder_a, a, plans["audio"], (len(a), 0))
                 v = self.run_encoder(self.encoder, v, plans["visual"], (0, len(v)))
             else:
@@ -225,16 +227,16 @@ class AVSiam(AudioVisualMAE):
         """Blocks and final norm; ``sizes`` are the audio and the visual rows of ``x``."""
         return self.run_blocks(encoder.blocks, x, plan, sizes, encoder.norm)
 
-    def contrasted(self, audio: Tensor, visual: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def contrasted(self, audio: Tensor, visual: Tensor, draws: PairDraws) -> tuple[Tensor, Tensor]:
         return audio, visual
 
     def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
         return self.run_blocks(self.fusion, joined, plan)
 
-    def reconstruct(self, a: Tensor, v: Tensor, layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def reconstruct(self, a: Tensor, v: Tensor, draws: PairDraws) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self.stop_gradient:
             a, v = a.detach(), v.detach()
-        return super().reconstruct(a, v, layout)
+        return super().reconstruct(a, v, draws)
 
     def classify(self, audio: Tensor | None = None, visual: Tensor | None = None) -> Tensor:
         """Class logits of the audio, the visual or the joint head, by what is given.
@@ -295,6 +297,20 @@ class AVSiam(AudioVisualMAE):
         with checkpoints.naming(name):
             model.load_vit(vit.state_dict())
         return model
+
+    def load_pretrained(
+        self, image: checkpoints.Source | None = None, spectrogram: checkpoints.Source | None = None
+    ) -> None:
+        """Start the encoder from a Vision Transformer's weights, see :meth:`load_vit`.
+
+        Args:
+            image: checkpoint or state dict in timm's names.
+            spectrogram: an AST's checkpoint or state dict.
+        """
+        if image is not None:
+            self.load_vit(checkpoints.load(image))
+        if spectrogram is not None:
+            self.load_vit(checkpoints.ast(checkpoints.load(spectrogram)))
 
     @torch.no_grad()
     def load_vit(self, state: Mapping[str, Tensor]) -> None:

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from avfast import checkpoints
 from avfast.masking import Structure
-from avfast.models.base import AudioVisualMAE, init_weights
-from avfast.models.draws import Layout, shared_plan
+from avfast.models import patched
+from avfast.models.masked_pair import MaskedPair, PairDraws
+from avfast.models.patched import init_weights, shared_plan
 from avfast.nn import JointDecoder, PackedBlock, SplitLayerNorm, sincos_2d
 from avfast.ops import AttentionPlan
 from avfast.released import cav_mae
 from avfast.tensors import float32_weights
 
 
-class CAVMAE(AudioVisualMAE):
+class CAVMAE(MaskedPair):
     """CAV-MAE (see the head of this file).
 
     Args:
@@ -57,6 +58,8 @@ class CAVMAE(AudioVisualMAE):
         num_classes: builds the classification head.
         frontend: overrides for the audio front end.
     """
+
+    sources = ()
 
     @float32_weights
     def __init__(
@@ -125,8 +128,8 @@ class CAVMAE(AudioVisualMAE):
         if num_classes is not None:
             self.head = nn.Sequential(nn.LayerNorm(embed_dim, eps=eps), nn.Linear(embed_dim, num_classes))
 
-    def unimodal(self, audio: Tensor, visual: Tensor, layout: Layout, branch: str = "joint") -> tuple[Tensor, Tensor]:
-        kept_a, kept_v, plans = layout.audio, layout.visual, layout.plans
+    def unimodal(self, audio: Tensor, visual: Tensor, draws: PairDraws) -> tuple[Tensor, Tensor]:
+        kept_a, kept_v, plans = draws.audio_keep, draws.visual_keep, draws.plans
         a = self.patch_embed_a(audio, kept_a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][kept_a.ids]
         v = self.patch_embed(visual, kept_v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][kept_v.ids]
         a = self.run_blocks(self.blocks_a, a + self.modality_a[0], plans["audio"])
@@ -137,9 +140,9 @@ class CAVMAE(AudioVisualMAE):
         """One packed pass over rows of which ``sizes`` are under the joint, the audio and the visual norms."""
         return self.run_blocks(self.blocks_u, x, plan, sizes, self.norm)
 
-    def contrasted(self, audio: Tensor, visual: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def contrasted(self, audio: Tensor, visual: Tensor, draws: PairDraws) -> tuple[Tensor, Tensor]:
         rows = (len(audio), len(visual))
-        a, v = self.joint_layer(torch.cat([audio, visual]), layout.plans["both"], (0, *rows)).split(rows)
+        a, v = self.joint_layer(torch.cat([audio, visual]), draws.plans["both"], (0, *rows)).split(rows)
         return a, v
 
     def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
@@ -167,21 +170,24 @@ class CAVMAE(AudioVisualMAE):
         if visual is not None and frames is not None:
             visual = visual.flatten(0, 1)
             audio = None if audio is None else audio.repeat_interleave(frames, 0)
-        spectrogram, images = self.inputs(audio, visual)
-        layout = self.layout_of(audio, visual)
-        a, v = self.unimodal(spectrogram, images, layout)
+        images = self.images(audio, visual)
+        batch, draws = len(images["audio"]), patched.undrawn(self, len(images["audio"]), audio, visual)
+        a, v = self.unimodal(images["audio"], images["visual"], draws)
         if audio is not None and visual is not None:
-            tokens = self.fuse(layout.join(a, v), layout.plans["joined"])
-            pooled = tokens.unflatten(0, (len(spectrogram), -1)).mean(1)
+            tokens = self.fuse(draws.join(a, v), draws.plans["joined"])
+            pooled = tokens.unflatten(0, (batch, -1)).mean(1)
         else:
             own = a if audio is not None else v
-            rows, batch = len(own), len(spectrogram)
+            rows = len(own)
             sizes = (rows * missing, rows * (own is a), rows * (own is v))
             plan = shared_plan((rows // batch,) * batch * (1 + missing), own.device)
             x = self.joint_layer(own.repeat(1 + missing, 1), plan, sizes)
             pooled = x.unflatten(0, (1 + missing, batch, -1)).mean(2).mean(0)
         logits = self.head(pooled)
         return logits if frames is None else logits.unflatten(0, (-1, frames))
+
+    def load_pretrained(self) -> None:
+        """Nothing: this model starts from no other's weights."""
 
     @classmethod
     def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> CAVMAE:

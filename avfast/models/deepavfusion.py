@@ -3,20 +3,11 @@
 Mo and Morgado, Unveiling the Power of Audio-Visual Early Fusion Transformers with Dense Interactions through Masked
 Modeling, CVPR 2024.
 
-Three branches are updated together, each from the others' previous layer: audio and visual tokens attend to their own
+Three streams are updated together, each from the others' previous layer: audio and visual tokens attend to their own
 modality and to the fusion tokens, fusion tokens to interactions of the two. For masked pre-training each modality has a
 decoder, which reads its visible tokens and the fusion tokens.
 
-**What the interactions are.** The paper's fusion attends over all n_a n_v pairs ("dense"), calls this intractable, and
-approximates it by pairs of 8 + 8 aggregation tokens ("factorized"). As the key and the value of a pair are sums of one
-part per modality, the softmax over pairs is the product of two softmaxes and what it reads is the sum of two readings
-(:mod:`avfast.ops.pair_attention`): exactly the same function at linear cost, so that here dense fusion is cheaper than
-the approximation. It also says what dense interactions can express: they are two cross-attentions which share their
-queries, added. No pair is selected beyond what the choice of its two members, each made alone, implies. From token
-fusion (one softmax over both modalities) they differ in that each modality is normalised by itself and so always has
-weight 1, in separate key and value weights, and, factorised, in the full-width attention of the aggregation tokens and
-4.6 times the parameters per block: Table 4, row 3 against row 1, does not isolate interactions, and the cost of dense
-fusion in Table 5 is avoidable.
+What the interactions are, and that dense ones cost no more than the approximation: :mod:`avfast.nn.fusion`.
 
 Where paper and released code disagree, and what is done here:
 
@@ -51,7 +42,6 @@ learning rate of ``unimodal_parts`` belong to training (:mod:`avfast.train`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -61,16 +51,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avfast import checkpoints
-from avfast.masking import check_ratio
-from avfast.models.base import AudioVisualMAE, Features, Output, init_weights
-from avfast.models.draws import Draws, Keep, as_kept
-from avfast.models.fusion_layout import FusionLayout, align, fused_layers, of_present
-from avfast.nn import PackedBlock, sincos_2d
+from avfast.masking import Kept, check_ratio
+from avfast.models import patched
+from avfast.models.contract import Features, Figures, Output
+from avfast.models.fusion_draws import FusionDraws, attention_maps, fused_layers
+from avfast.models.patched import Keep, init_weights
+from avfast.nn import PackedBlock, PatchEmbed, sincos_2d
 from avfast.nn.block import Read, add
 from avfast.nn.fusion import ContextBlock, FusionArch, FusionBlock, Pending, Residual
 from avfast.nn.norm import add_norm
 from avfast.nn.patch_decoder import PatchDecoder
-from avfast.random import DrawKey
 from avfast.released import deepavfusion
 from avfast.tensors import float32_weights
 
@@ -79,13 +69,11 @@ if TYPE_CHECKING:
 
 BLOCK_EPS, FUSION_EPS = 1e-6, 1e-5
 """Of the LayerNorms in the unimodal transformers, and of those in fusion blocks and decoders and after the former."""
-
-
-Branches = tuple[Pending, Pending, Tensor]
+Streams = tuple[Pending, Pending, Tensor]
 """Audio and visual tokens, each as (stream, update not yet added), and fusion tokens."""
 
 
-class DeepAVFusion(AudioVisualMAE):
+class DeepAVFusion(nn.Module):
     """DeepAVFusion (see the head of this file).
 
     ``encode`` gives the encoder alone; ``fused`` are its fusion tokens ``(B, F, D)`` in the order [fusion | visual
@@ -96,7 +84,7 @@ class DeepAVFusion(AudioVisualMAE):
         patch_size: of frames and spectrograms.
         audio_size: spectrogram (frames, mel bins); patches are numbered frequency-major.
         embed_dim: D.
-        depth: layers of the three branches.
+        depth: layers of the three streams.
         num_heads: of the unimodal and the fusion blocks.
         mlp_ratio: hidden width of the unimodal MLPs over D.
         decoder_embed_dim: width of the decoders.
@@ -105,7 +93,7 @@ class DeepAVFusion(AudioVisualMAE):
         audio_patch_size: of spectrograms, default ``patch_size``.
         fusion_arch: ``"dense"``, ``"factorized"`` or ``"token"``, see :class:`~avfast.nn.fusion.FusionBlock`.
         fusion_layers: layers with a fusion block: ``"all"``, ``"none"``, the last so many of them (Table 6a), or their
-            indices. In the others the branches go on alone.
+            indices. In the others the streams go on alone.
         num_fusion_tokens: fusion, visual aggregation and audio aggregation tokens.
         fusion_attn_ratio: width of attention in the fusion blocks over D.
         fusion_mlp_ratio: hidden width of their MLPs over D.
@@ -126,6 +114,9 @@ class DeepAVFusion(AudioVisualMAE):
         ValueError: on settings that contradict each other.
     """
 
+    passes = ("joint",)
+    sources = ("image", "audio")
+    contrasts = False
     unimodal_parts = ("patch_embed", "blocks_a", "blocks_v", "norm_a", "norm_v")
     """Beginnings of the names of what unimodal pre-training gives; the released training raises their learning rate
     from 0 over its first half."""
@@ -160,30 +151,21 @@ class DeepAVFusion(AudioVisualMAE):
         norm_pix_visual: bool = True,
         frontend: dict | None = None,
     ) -> None:
-        super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            audio_patch_size=audio_patch_size,
-            audio_size=audio_size,
-            embed_dim=embed_dim,
-            mask_ratios=(visual_mask_ratio,),
-            audio_structure="unstructured",
-            temperature=1.0,
-            contrastive_weight=0.0,
-            reconstruction_weight=1.0,
-            norm_pix=norm_pix_visual,
-            frontend=frontend,
-        )
+        super().__init__()
         if decoder_input not in ("all", "fusion"):
             raise ValueError(f'decoder_input must be "all" or "fusion", got {decoder_input!r}')
         self.fusion_layers = fused_layers(fusion_layers, depth)
         if decoder_input == "fusion" and not self.fusion_layers:
             raise ValueError('decoder_input="fusion" needs a fusion layer: without one the decoders see no input')
-        self.visual_mask_ratio, self.audio_mask_ratio = visual_mask_ratio, check_ratio(audio_mask_ratio)
-        self.norm_pix_audio, self.norm_pix_visual = norm_pix_audio, norm_pix_visual
-        self.fusion_arch, self.decoder_input = fusion_arch, decoder_input
+        self.img_size, self.audio_size, self.embed_dim = img_size, tuple(audio_size), embed_dim
+        self.visual_mask_ratio, self.audio_mask_ratio = check_ratio(visual_mask_ratio), check_ratio(audio_mask_ratio)
+        self.normalised = {"audio": norm_pix_audio, "visual": norm_pix_visual}
+        self.fusion_arch, self.decoder_input, self.grad_checkpointing = fusion_arch, decoder_input, False
+        frames, mels = self.audio_size
+        self.frontend_args = {"num_frames": frames, "num_mel_bins": mels, "image_size": img_size, **(frontend or {})}
 
-        embed, embed_a = self.patch_embed, self.patch_embed_a
+        self.patch_embed = embed = PatchEmbed((img_size, img_size), patch_size, 3, embed_dim)
+        self.patch_embed_a = embed_a = PatchEmbed((mels, frames), audio_patch_size or patch_size, 1, embed_dim)
         self.pos_embed = nn.Parameter(sincos_2d(embed_dim, embed.grid_size)[None], requires_grad=False)
         self.pos_embed_a = nn.Parameter(sincos_2d(embed_dim, embed_a.grid_size)[None], requires_grad=False)
         self.fusion_tokens = nn.Parameter(torch.zeros(1, sum(num_fusion_tokens), embed_dim))
@@ -219,66 +201,76 @@ class DeepAVFusion(AudioVisualMAE):
 
         return HTKFrontend(**self.frontend_args)
 
-    # Draws.
+    # Inputs and random draws.
 
-    def ratios(self, branch: str, key: DrawKey) -> list[tuple[float, float]]:
-        return [(self.audio_mask_ratio, self.visual_mask_ratio)] * len(key.positions)
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.fusion_tokens.device
 
-    def laid_out(self, draws: Draws) -> Draws:
+    @property
+    def parts(self) -> dict[str, PatchEmbed]:
+        """The patch embeddings by modality."""
+        return {"audio": self.patch_embed_a, "visual": self.patch_embed}
+
+    def images(self, audio: Tensor | None, visual: Tensor | None) -> dict[str, Tensor]:
+        """Both inputs checked and as images, an absent one as zeros."""
+        return patched.images(audio, visual, self.audio_size, self.img_size)
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None, **given: Any) -> FusionDraws:
+        """Every random choice of a pass; for what can be given see :func:`avfast.models.patched.draw`."""
+        shares = [(self.audio_mask_ratio, self.visual_mask_ratio)] * batch_size
+        return patched.draw(self, batch_size, generator, ratios=lambda *_: shares, **given)
+
+    def packed(self, only: str, audio: Kept, visual: Kept, *present: Sequence[bool]) -> FusionDraws:
+        """The draws of kept patches."""
         counts = self.patch_embed_a.num_patches, self.patch_embed.num_patches
-        kept_a, kept_v = align(
-            of_present(as_kept(draws.audio_keep, counts[0]), draws.has_audio),
-            of_present(as_kept(draws.visual_keep, counts[1]), draws.has_visual),
-        )
-        layout = cast(FusionLayout, FusionLayout.of(kept_a, kept_v, counts, (draws.has_audio, draws.has_visual)))
-        return draws.with_layout(replace(layout, context=self.fusion_tokens.shape[1]))
+        return FusionDraws.of(only, audio, visual, counts, self.fusion_tokens.shape[1], *present)
 
     # Encoder.
 
-    def embed(self, spectrogram: Tensor, frames: Tensor, layout: FusionLayout) -> Branches:
+    def embed(self, images: dict[str, Tensor], draws: FusionDraws) -> Streams:
         """What enters the first layer."""
-        a, v = layout.audio, layout.visual
-        audio = self.patch_embed_a(spectrogram, a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][a.ids]
-        visual = self.patch_embed(frames, v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][v.ids]
+        a, v = draws.audio_keep, draws.visual_keep
+        audio = self.patch_embed_a(images["audio"], a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][a.ids]
+        visual = self.patch_embed(images["visual"], v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][v.ids]
         return (audio, None), (visual, None), self.fusion_tokens.repeat(a.inverse.shape[0], 1, 1)
 
-    def layer(self, index: int, a: Pending, v: Pending, tokens: Tensor, layout: FusionLayout) -> Branches:
-        """One layer of all branches (Eqs. 1-3)."""
+    def layer(self, index: int, a: Pending, v: Pending, tokens: Tensor, draws: FusionDraws) -> Streams:
+        """One layer of all streams (Eqs. 1-3)."""
         if index not in self.fusion_layers:
-            _, a = self.blocks_a[index](a, layout.tokens_audio)
-            _, v = self.blocks_v[index](v, layout.tokens_visual)
+            _, a = self.blocks_a[index](a, draws.tokens["audio"])
+            _, v = self.blocks_v[index](v, draws.tokens["visual"])
             return a, v, tokens
-        audio, a = self.blocks_a[index](a, layout.tokens_audio, tokens)
-        visual, v = self.blocks_v[index](v, layout.tokens_visual, tokens)
-        return a, v, self.fusion_blocks[str(index)](tokens, *self.sources(audio, visual, layout))
+        audio, a = self.blocks_a[index](a, draws.tokens["audio"], tokens)
+        visual, v = self.blocks_v[index](v, draws.tokens["visual"], tokens)
+        return a, v, self.fusion_blocks[str(index)](tokens, *self.patches(audio, visual, draws))
 
     @staticmethod
-    def sources(
-        audio: Tensor, visual: Tensor, layout: FusionLayout
+    def patches(
+        audio: Tensor, visual: Tensor, draws: FusionDraws
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Patch tokens and their boundaries as fusion blocks take them."""
-        a, v = layout.tokens_audio, layout.tokens_visual
+        a, v = draws.tokens["audio"], draws.tokens["visual"]
         return a.sources(audio), v.sources(visual), a.cu_seqlens, v.cu_seqlens
 
-    def run(
-        self, spectrogram: Tensor, frames: Tensor, layout: FusionLayout, keep: list[Branches] | None = None
-    ) -> Branches:
-        """All layers; ``keep`` collects the branches before the first and after every one."""
-        branches = self.embed(spectrogram, frames, layout)
+    def run(self, images: dict[str, Tensor], draws: FusionDraws, keep: list[Streams] | None = None) -> Streams:
+        """All layers; ``keep`` collects the streams before the first and after every one."""
+        streams = self.embed(images, draws)
         for index in range(len(self.blocks_a)):
             if keep is not None:
-                keep.append(branches)
+                keep.append(streams)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                a, v, tokens = branches
+                a, v, tokens = streams
                 whole: tuple[Pending, Pending] = (add(*a), None), (add(*v), None)
-                branches = checkpoint(
-                    self.layer, index, *whole, tokens, layout, use_reentrant=False, preserve_rng_state=False
+                streams = checkpoint(
+                    self.layer, index, *whole, tokens, draws, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                branches = self.layer(index, *branches, layout)
+                streams = self.layer(index, *streams, draws)
         if keep is not None:
-            keep.append(branches)
-        return branches
+            keep.append(streams)
+        return streams
 
     def finish(self, a: Pending, v: Pending, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The final norms."""
@@ -286,43 +278,43 @@ class DeepAVFusion(AudioVisualMAE):
 
     # Pre-training.
 
-    def forward(self, audio: Tensor | None, visual: Tensor | None, draws: Draws | None = None) -> Output:
+    def forward(
+        self, audio: Tensor | None = None, visual: Tensor | None = None, draws: FusionDraws | None = None
+    ) -> Output:
         """One pre-training pass.
 
         Args:
             audio: ``(B, frames, mels)`` log-mel.
             visual: ``(B, 3, H, W)`` normalised frames.
-            draws: from :meth:`draw`; what is missing is drawn.
+            draws: from :meth:`draw`; default drawn here, without the patches of what is not given.
 
         Raises:
             RuntimeError: without decoders.
         """
         if not self.decoders:
             raise RuntimeError("this model was built without a decoder and cannot reconstruct")
-        spectrogram, frames, draws = self.prepare(audio, visual, draws)
-        layout = cast(FusionLayout, draws.layout)
-        branches = self.run(spectrogram, frames, layout)
+        images = self.images(audio, visual)
+        draws = patched.placed(self, draws, len(images["audio"]), (audio is not None, visual is not None))
+        streams = self.run(images, draws)
         if self.decoder_input == "all":
-            a, v, tokens = self.finish(*branches)
+            a, v, tokens = self.finish(*streams)
             visible: dict[str, Tensor | None] = {"audio": a, "visual": v}
         else:
-            visible, tokens = {"audio": None, "visual": None}, self.fusion_norm(branches[2])
-        reconstruction, entries, plans = {}, {}, cast(dict, layout.plans)
-        alone = self.predicts_masked_alone(layout, "read_audio", "read_visual")
-        for name, kept, count in zip(("audio", "visual"), (layout.audio, layout.visual), layout.counts, strict=True):
+            visible, tokens = {"audio": None, "visual": None}, self.fusion_norm(streams[2])
+        predicted, entries, plans = {}, {}, cast(dict, draws.plans)
+        # in training the loss alone reads the predictions, and of the masked patches alone
+        alone = self.training and "read_audio" in plans and "read_visual" in plans
+        for name, kept, count, _ in draws.sides():
             places, read = kept.packed_flat(count), None
             if alone:
-                rows, entries[name] = layout.masked_of(places, count)
+                rows, entries[name] = draws.masked(places, count)
                 read = Read(rows, plans[f"read_{name}"])
             seen = (None, None) if visible[name] is None else (visible[name], places)
-            predicted = self.decoders[name](tokens, plans[name], *seen, read)
-            reconstruction[name] = predicted if alone else layout.batch_order(predicted)
-        losses = self.reconstruction_losses(reconstruction, entries, spectrogram, frames, layout)
+            patches = self.decoders[name](tokens, plans[name], *seen, read)
+            predicted[name] = patches if alone else draws.batch_order(patches)
+        losses = patched.reconstruction_losses(predicted, entries, images, self.parts, draws, self.normalised)
         loss = losses["reconstruction_audio"] + losses["reconstruction_visual"]
-        return Output(loss, losses, {} if alone else reconstruction)
-
-    def normalises(self, modality: str) -> bool:
-        return self.norm_pix_audio if modality == "audio" else self.norm_pix_visual
+        return Output(loss, losses, reconstruction={} if alone else predicted)
 
     @property
     def unused_parts(self) -> tuple[str, ...]:
@@ -334,64 +326,42 @@ class DeepAVFusion(AudioVisualMAE):
 
     @property
     def has_unused_parameters(self) -> bool:
+        """Whether there are any."""
         return bool(self.unused_parts)
 
     # Features.
 
-    def encode(
-        self,
-        audio: Tensor | None = None,
-        visual: Tensor | None = None,
-        *,
-        audio_keep: Keep | None = None,
-        visual_keep: Keep | None = None,
-    ) -> Features:
+    def encode(self, audio: Tensor | None = None, visual: Tensor | None = None, **keep: Keep | None) -> Features:
         """Token features after the final norms, without masking unless kept patches are given.
 
         Args:
             audio: ``(B, frames, mels)`` or None.
             visual: ``(B, 3, H, W)`` or None.
-            audio_keep: kept patch ids as in :class:`~avfast.models.Draws`.
-            visual_keep: likewise.
+            keep: ``audio_keep`` and ``visual_keep``, kept patch ids as in :meth:`draw`.
 
         Returns:
             ``audio`` ``(B, Na, D)`` and ``visual`` ``(B, Nv, D)``, None where not given, and ``fused`` ``(B, F, D)``
             from what was; PackedTokens in batch order where the kept patches differ in number.
         """
-        spectrogram, frames = self.inputs(audio, visual)
-        layout = cast(FusionLayout, self.layout_of(audio, visual, audio_keep, visual_keep))
-        branches = self.run(spectrogram, frames, layout)
-        return self.features(*self.finish(*branches), layout, audio is not None, visual is not None)
+        images = self.images(audio, visual)
+        draws = patched.undrawn(self, len(images["audio"]), audio, visual, **keep)
+        a, v, tokens = self.finish(*self.run(images, draws))
+        return patched.features(a, v, draws.batch_order(tokens), draws, audio is not None, visual is not None)
 
     def encode_layers(
-        self,
-        audio: Tensor | None = None,
-        visual: Tensor | None = None,
-        *,
-        audio_keep: Keep | None = None,
-        visual_keep: Keep | None = None,
+        self, audio: Tensor | None = None, visual: Tensor | None = None, **keep: Keep | None
     ) -> list[Features]:
         """As :meth:`encode`, after each layer and before the final norms."""
-        layout, states = self.trace(audio, visual, audio_keep, visual_keep)
+        draws, states = self.trace(audio, visual, **keep)
         given = audio is not None, visual is not None
-        return [self.features(add(*a), add(*v), tokens, layout, *given) for a, v, tokens in states[1:]]
+        layers = [(add(*a), add(*v), draws.batch_order(tokens)) for a, v, tokens in states[1:]]
+        return [patched.features(*layer, draws, *given) for layer in layers]
 
     @torch.no_grad()
     def fusion_attention(
-        self,
-        audio: Tensor | None = None,
-        visual: Tensor | None = None,
-        *,
-        audio_keep: Keep | None = None,
-        visual_keep: Keep | None = None,
+        self, audio: Tensor | None = None, visual: Tensor | None = None, **keep: Keep | None
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """How much the fusion tokens of each fusion layer read from each patch, for pictures and analysis.
-
-        Args:
-            audio: ``(B, frames, mels)`` or None.
-            visual: ``(B, 3, H, W)`` or None.
-            audio_keep: kept patch ids as in :class:`~avfast.models.Draws`.
-            visual_keep: likewise.
+        """How much the fusion tokens of each fusion layer read from each patch; arguments as of :meth:`encode`.
 
         Returns:
             By layer, p ``(B, heads, F, Na)`` over audio and r ``(B, heads, F, Nv)`` over visual patches, each adding up
@@ -401,50 +371,53 @@ class DeepAVFusion(AudioVisualMAE):
         Raises:
             ValueError: for ``fusion_arch="token"``, whose one softmax has no such factors.
         """
-        layout, states = self.trace(audio, visual, audio_keep, visual_keep)
+        draws, states = self.trace(audio, visual, **keep)
         maps = {}
         for index in self.fusion_layers:
             a, v, tokens = states[index]
-            p, r = self.fusion_blocks[str(index)].weights(tokens, *self.sources(add(*a), add(*v), layout))
-            maps[index] = layout.batch_order(p), layout.batch_order(r)
+            p, r = self.fusion_blocks[str(index)].weights(tokens, *self.patches(add(*a), add(*v), draws))
+            maps[index] = draws.batch_order(p), draws.batch_order(r)
         return maps
 
     def trace(
-        self, audio: Tensor | None, visual: Tensor | None, audio_keep: Keep | None, visual_keep: Keep | None
-    ) -> tuple[FusionLayout, list[Branches]]:
-        """The packing of kept patches, default all given ones, and the branches before and after all layers."""
-        spectrogram, frames = self.inputs(audio, visual)
-        layout = cast(FusionLayout, self.layout_of(audio, visual, audio_keep, visual_keep))
-        states: list[Branches] = []
-        self.run(spectrogram, frames, layout, states)
-        return layout, states
+        self, audio: Tensor | None, visual: Tensor | None, **keep: Keep | None
+    ) -> tuple[FusionDraws, list[Streams]]:
+        """Draws of kept patches, default all given ones, and the streams before and after all layers."""
+        images = self.images(audio, visual)
+        draws = patched.undrawn(self, len(images["audio"]), audio, visual, **keep)
+        states: list[Streams] = []
+        self.run(images, draws, states)
+        return draws, states
 
-    def features(
-        self, a: Tensor, v: Tensor, tokens: Tensor, layout: FusionLayout, given_a: bool, given_v: bool
-    ) -> Features:
-        """Tokens in batch order, those of a modality that was not given as None."""
-        audio = self.in_batch_order(a, layout, "audio") if given_a else None
-        visual = self.in_batch_order(v, layout, "visual") if given_v else None
-        return Features(audio, visual, layout.batch_order(tokens))
-
-    # Training machinery.
+    def figures(self, inputs: dict[str, Tensor], draws: FusionDraws, output: Output) -> Figures:
+        """The reconstruction, and the weights of the first, the middle and the last fusion layer."""
+        audio, visual = inputs["audio"], inputs["visual"]
+        images = self.images(audio, visual)
+        shown = patched.reconstruction_figure(output.reconstruction, images, self.parts, draws, self.normalised)
+        # under "token" one softmax over both modalities gives weights that are no product
+        if self.fusion_arch == "token" or not self.fusion_layers:
+            return Figures(shown)
+        return Figures(shown, attention_maps(self.fusion_attention(audio, visual), self.parts, audio, visual))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
+        """Recompute layer and block activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
         for decoder in self.decoders.values():
             cast(PatchDecoder, decoder).grad_checkpointing = enable
 
-    def blocks_to_shard(self) -> list[nn.Module]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """``"unimodal"``, see ``unimodal_parts``, and ``"fusion"``, all others."""
+        groups: dict[str, list[nn.Parameter]] = {"unimodal": [], "fusion": []}
+        for name, parameter in self.named_parameters():
+            groups["unimodal" if name.startswith(self.unimodal_parts) else "fusion"].append(parameter)
+        return groups
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, the units of sharding."""
         return [m for m in self.modules() if isinstance(m, (PackedBlock, ContextBlock, FusionBlock))]
 
-    # Weights.
-
     @torch.no_grad()
-    def load_pretrained(
-        self,
-        image: str | Path | Mapping[str, Tensor] | None = None,
-        audio: str | Path | Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def load_pretrained(self, image: checkpoints.Source | None = None, audio: checkpoints.Source | None = None) -> None:
         """Start the unimodal transformers from masked autoencoders, as the paper does.
 
         Class token, decoder and position tables of these are left out; positions are the fixed ones of this grid.
@@ -460,30 +433,16 @@ class DeepAVFusion(AudioVisualMAE):
         Raises:
             ValueError: listing keys or shapes that do not fit.
         """
-        for source, blocks, norm, embed, transposed in (
-            (image, self.blocks_v, self.norm_v, self.patch_embed, False),
-            (audio, self.blocks_a, self.norm_a, self.patch_embed_a, True),
-        ):
-            if source is None:
-                continue
-            with checkpoints.naming(source):
-                weights = checkpoints.mae_encoder(checkpoints.load(source))
-                if transposed:
-                    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].mT
-                target = nn.ModuleDict({"blocks": blocks, "norm": norm, "patch_embed": embed})
-                checkpoints.load_into(target, weights)
+        if image is not None:
+            checkpoints.load_mae(image, self.blocks_v, self.norm_v, self.patch_embed)
+        if audio is not None:
+            checkpoints.load_mae(audio, self.blocks_a, self.norm_a, self.patch_embed_a, transposed=True)
 
     @classmethod
     def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> DeepAVFusion:
         """Load a released pre-training checkpoint, with or without its decoders, with the released settings.
 
-        Args:
-            checkpoint: path of a ``.pth`` or ``.safetensors`` file, or its state dict.
-            settings: overrides of the released settings, as in :meth:`avfast.AVSiam.from_released`.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: naming the file, if it is no checkpoint; listing unknown, missing and misshapen entries.
+        Arguments and errors are those of :meth:`avfast.AVSiam.from_released`.
         """
         return checkpoints.build(cls, deepavfusion.convert, checkpoint, settings)
 

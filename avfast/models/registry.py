@@ -8,7 +8,6 @@ from fnmatch import fnmatch
 from typing import Any
 
 from avfast.models.avsiam import AVSiam
-from avfast.models.base import AudioVisualMAE
 from avfast.models.cav_mae import CAVMAE
 from avfast.models.deepavfusion import DeepAVFusion
 
@@ -19,7 +18,7 @@ TINY = {
 LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 HUGE = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
 
-PRESETS: dict[str, tuple[Callable[..., AudioVisualMAE], dict[str, Any]]] = {
+PRESETS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "avsiam_tiny": (AVSiam, {**TINY, "depth": 4}),
     "avsiam_base": (AVSiam, {}),
     "avsiam_large": (AVSiam, LARGE),
@@ -42,7 +41,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in PRESETS if fnmatch(name, pattern)]
 
 
-def create_model(name: str, **overrides: Any) -> AudioVisualMAE:
+def create_model(name: str, **overrides: Any) -> Any:
     """Build a model by name.
 
     Args:

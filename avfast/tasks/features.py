@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from avfast.distributed import world_size
+from avfast.models import Model
 
 KINDS = ("audio", "visual", "fused")
 
 
 @torch.no_grad()
 def pooled(
-    model: nn.Module,
+    model: Model,
     loader: Iterable[Any],
     device: torch.device | str,
     autocast: Callable[[], AbstractContextManager] = nullcontext,

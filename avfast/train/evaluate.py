@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from avfast.data.clips import ClipDataset, Failure, eval_loader
 from avfast.data.manifest import ClipList
+from avfast.models import Model
 from avfast.tasks.features import KINDS, pooled
 from avfast.tasks.knn import nearest_neighbour
 from avfast.tasks.probe import linear_probe
@@ -33,7 +34,7 @@ USAGE = "python -m avfast.train.evaluate RUN [--field value ...]"
 CLIPS = {"data", "class_csv", "eval_data", "eval_fraction", "eval_clips", "demo_set", "demo_clips"}
 
 
-def features(model: nn.Module, config: Config, clips: ClipList | ClipDataset, device: torch.device) -> dict[str, Any]:
+def features(model: Model, config: Config, clips: ClipList | ClipDataset, device: torch.device) -> dict[str, Any]:
     """Pooled features of every clip without augmentation, see :func:`avfast.tasks.features.pooled`."""
     dataset = clips
     if isinstance(clips, ClipList):
@@ -46,7 +47,7 @@ def features(model: nn.Module, config: Config, clips: ClipList | ClipDataset, de
 
 
 def evaluate(
-    model: nn.Module, config: Config, train: ClipList, held_out: ClipList, device: torch.device
+    model: Model, config: Config, train: ClipList, held_out: ClipList, device: torch.device
 ) -> tuple[dict[str, Any], list[Failure]]:
     """Scores of a model and the files that could not be read.
 
@@ -69,7 +70,7 @@ def evaluate(
         scores["notes"].append(f"{scores['diverged']}: no scores")
         return scores, failures
     pairs = test["has_audio"] & test["has_visual"]
-    if not getattr(model, "contrastive_weight", 0):
+    if not model.contrasts:
         scores["notes"].append("the model does not contrast sound and pictures: no retrieval")
     elif pairs.sum() < 2:
         scores["notes"].append("fewer than 2 held-out clips have both sound and pictures: no retrieval")
@@ -123,7 +124,7 @@ class Neighbours:
         clips = data.first(held_out, config.eval_clips)
         self.dataset = ClipDataset(clips, spec=frontend.spec, train=False, seed=config.seed, cache=config.cache_media)
 
-    def __call__(self, model: nn.Module, device: torch.device) -> dict[str, Any] | None:
+    def __call__(self, model: Model, device: torch.device) -> dict[str, Any] | None:
         """What :func:`neighbours` gives now. Every process must call it."""
         return neighbours(features(model, self.config, self.dataset, device), [])
 

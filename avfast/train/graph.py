@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Pass = Callable[[Tensor, Tensor, Any, int], dict[str, Tensor]]
-"""``(audio, visual, draws, parts) -> losses`` without gradient; 1 / parts of the gradients is added to ``.grad``."""
+from avfast.models.contract import Draws
+
+Pass = Callable[[dict[str, Tensor], Draws, int], dict[str, Tensor]]
+"""``(inputs, draws, parts) -> losses`` without gradient; 1 / parts of the gradients is added to ``.grad``."""
 
 
 def capture(run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Callable[[], None]]:
@@ -46,19 +48,19 @@ class GraphedPass:
         self.last: tuple | None = None
         self.captured: tuple | None = None
 
-    def __call__(self, audio: Tensor, visual: Tensor, draws: Any, parts: int) -> dict[str, Tensor]:
+    def __call__(self, inputs: dict[str, Tensor], draws: Draws, parts: int) -> dict[str, Tensor]:
         """The losses; gradients are added as ``run`` adds them."""
-        signature = (audio.shape, audio.dtype, visual.shape, visual.dtype, draws.branch, draws.layout.signature, parts)
+        signature = ({name: (x.shape, x.dtype) for name, x in inputs.items()}, draws.signature, parts)
         if signature != self.captured and (signature != self.last or self.captured is not None):
             self.last = signature
-            return self.run(audio, visual, draws, parts)
+            return self.run(inputs, draws, parts)
         before = [p.grad for p in self.parameters]
         if self.captured is None:
-            self.prepare(audio, visual, draws, parts)
+            self.prepare(inputs, draws, parts)
             self.captured = signature
-        self.audio.copy_(audio)
-        self.visual.copy_(visual)
-        self.draws.layout.index.copy_(draws.layout.index)
+        for name, held in self.inputs.items():
+            held.copy_(inputs[name])
+        torch._foreach_copy_(self.draws.tensors(), draws.tensors())
         zeroed, filled, given = [], [], []
         for parameter, own, grad in zip(self.parameters, self.grads, before, strict=True):
             parameter.grad = grad if own is None else own
@@ -77,10 +79,11 @@ class GraphedPass:
         self.replay()
         return {name: value.clone() for name, value in self.losses.items()}
 
-    def prepare(self, audio: Tensor, visual: Tensor, draws: Any, parts: int) -> None:
+    def prepare(self, inputs: dict[str, Tensor], draws: Draws, parts: int) -> None:
         """Captures the pass on copies of its inputs, with gradients of its own."""
-        self.audio, self.visual, self.draws = audio.clone(), visual.clone(), draws.to(audio.device)
+        self.inputs = {name: x.clone() for name, x in inputs.items()}
+        self.draws = draws.to(next(iter(inputs.values())).device)
         for parameter in self.parameters:
             parameter.grad = None
-        self.losses, self.replay = self.capture(lambda: self.run(self.audio, self.visual, self.draws, parts))
+        self.losses, self.replay = self.capture(lambda: self.run(self.inputs, self.draws, parts))
         self.grads = [p.grad for p in self.parameters]

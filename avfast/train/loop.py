@@ -107,7 +107,7 @@ def prepare(config: Config, device: torch.device, out: Path) -> Run:
         raise SettingError(f"no clips to train on: all {len(held_out)} were held out")
     clips = data.shuffled(train, config.seed) if config.shuffle_pairs else train
     found = parallel.first_only(lambda: modalities(train.clips))
-    data.check_pairs(found, bool(getattr(trainer.model, "contrastive_weight", 0)))
+    data.check_pairs(found, trainer.model.contrasts)
     bad = BadFiles(len(train) + len(held_out), config.max_bad_files)
     start, digest, others = 0, data.digest(train), False
     if resumed is not None:
@@ -159,8 +159,7 @@ def introduce(run: Run) -> None:
     if run.other_clips:
         log.say("the training clips are others than before, as --other_clips allows")
     gathered = config.batch_size * world_size()
-    contrasts = getattr(trainer.model, "contrastive_weight", 0)
-    if contrasts and config.paper_batch and gathered < config.paper_batch / 2 and parallel.rank() == 0:
+    if trainer.model.contrasts and config.paper_batch and gathered < config.paper_batch / 2 and parallel.rank() == 0:
         warnings.warn(
             f"the contrastive loss sees {gathered} clips at once, the paper's {config.paper_batch}; "
             f"--accumulate adds no negatives",

@@ -116,7 +116,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (world_size(),))
-        for block in model.blocks_to_shard():
+        for block in model.blocks():
             if config.compile:
                 block.compile()
             fully_shard(block, mesh=mesh)
@@ -138,10 +138,11 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
 
 def accumulating(wrapped: nn.Module, last: bool) -> AbstractContextManager:
     """Context of one forward and backward pass; only the last of a step exchanges gradients."""
-    if hasattr(wrapped, "set_requires_gradient_sync"):
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return nullcontext() if last else wrapped.no_sync()
+    if world_size() > 1:  # sharded
         wrapped.set_requires_gradient_sync(last)
-        return nullcontext()
-    return wrapped.no_sync() if hasattr(wrapped, "no_sync") and not last else nullcontext()
+    return nullcontext()
 
 
 def precision(config: Config, device: torch.device) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""PNG pictures of a run: what went in, what the model saw, what it made of it, where its fusion tokens look; losses."""
+"""PNG pictures of a run: what went in, what the model saw, what it made of it, where it looks; losses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from avfast.data.clip_list import ClipList
 from avfast.data.frontend import Frontend
+from avfast.models.contract import AttentionMaps, Reconstruction
 from avfast.train.log import read_metrics
 
 HERTZ = (250, 1000, 4000, 16000)
@@ -65,108 +65,46 @@ def _mel(hertz: float) -> float:
     return math.log(1 + hertz / 700)
 
 
-@torch.no_grad()
-def reconstructions(model: nn.Module, audio: Tensor, visual: Tensor, draws: Any) -> dict[str, list[Tensor]] | None:
-    """Input, masked input and reconstruction per modality; None where the model reconstructs nothing.
-
-    Every process must call it, since the model's contrastive loss is gathered over all.
-
-    Returns:
-        ``{"audio": [(B, frames, mels)] * 3, "visual": [(B, 3, H, W)] * 3, "masked": [(B,)] * 2}`` on the CPU. Masked
-        patches of the masked input are NaN; visible patches of the reconstruction are those of the input. ``masked`` is
-        the share of patches, of sound and of picture.
-    """
-    training = model.training
-    model.eval()
-    output = model(audio, visual, draws)
-    model.train(training)
-    rows: dict[str, list[Tensor]] = {"masked": []}
-    for modality, inputs, keep in (("audio", audio, draws.audio_keep), ("visual", visual, draws.visual_keep)):
-        if modality not in output.reconstruction:
-            return None
-        patchify, unpatchify = (getattr(model, f"{name}_{modality}") for name in ("patchify", "unpatchify"))
-        patches = patchify(inputs)
-        masked = keep.masked(patches.shape[1])[..., None]
-        predicted = patchify(
-            model.reconstruction_to_input(modality, output.reconstruction[modality].to(inputs.dtype), inputs)
-        )
-        rows["masked"].append(masked.float().mean((1, 2)).cpu())
-        seen = patches.masked_fill(masked, torch.nan)
-        rows[modality] = [
-            x.float().cpu() for x in (inputs, unpatchify(seen), unpatchify(patches.where(~masked, predicted)))
-        ]
-    return rows
-
-
-def draw_reconstructions(rows: dict[str, list[Tensor]], labels: Labels, path: Path) -> None:
+def draw_reconstructions(shown: Reconstruction, labels: Labels, path: Path) -> None:
     """One row per clip: frame, masked frame, reconstruction, and the same for the spectrogram."""
-    count = len(rows["audio"][0])
+    count = len(shown.audio[0])
     figure = _figure(14, 2.4 * count + 0.7)
     axes = figure.subplots(count, 6, squeeze=False, width_ratios=[1, 1, 1, 1.6, 1.6, 1.6])
     for column, title in enumerate(("picture", "masked", "reconstruction", "sound", "masked", "reconstruction")):
         axes[0][column].set_title(title)
     for i in range(count):
-        frames = [x[i] for x in rows["visual"]]
+        frames = [x[i] for x in shown.visual]
         for column, frame in enumerate(frames):
             axes[i][column].imshow(_shown(frame, frames[0]))
             _bare(axes[i][column])
-        spectrograms = [x[i] for x in rows["audio"]]
+        spectrograms = [x[i] for x in shown.audio]
         limits = {"vmin": spectrograms[0].min().item(), "vmax": spectrograms[0].max().item()}
         for column, spectrogram in enumerate(spectrograms):
             image = labels.spectrogram(axes[i][3 + column], spectrogram, **limits)
             axes[i][3 + column].set_facecolor("0.5")
         figure.colorbar(image, ax=axes[i][5], label="log-mel power")
         axes[i][0].set_ylabel(labels.names[i], fontsize=8)
-        for column, share in zip((4, 1), rows["masked"], strict=True):
+        for column, share in zip((4, 1), shown.masked, strict=True):
             axes[i][column].set_xlabel(f"{share[i]:.0%} masked")
     _save(figure, labels.title, path)
 
 
-@torch.no_grad()
-def fusion_maps(model: nn.Module, audio: Tensor, visual: Tensor) -> dict[str, Any] | None:
-    """Where the fusion tokens look; None where the model has none, or none that weigh each modality by itself.
-
-    Returns:
-        On the CPU: the inputs ``audio`` ``(B, frames, mels)`` and ``visual`` ``(B, 3, H, W)``, and the weights of the
-        first, the middle and the last fusion layer, averaged over heads and fusion tokens: ``p`` ``{layer: (B, mel
-        patches, time patches)}`` and ``r`` ``{layer: (B, rows, columns)}``. A pair's weight is a product of the two
-        before that average.
-    """
-    if not hasattr(model, "fusion_attention") or not len(audio):
-        return None
-    training = model.training
-    model.eval()
-    try:
-        layers = model.fusion_attention(audio, visual)
-    except ValueError:  # one softmax over both modalities: its weights are no product
-        layers = {}
-    model.train(training)
-    if not layers:
-        return None
-    order = list(layers)
-    chosen = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
-    maps: dict[str, Any] = {"audio": audio.float().cpu(), "visual": visual.float().cpu()}
-    for name, side, grid in (("p", 0, model.patch_embed_a.grid_size), ("r", 1, model.patch_embed.grid_size)):
-        maps[name] = {i: layers[i][side].float().mean((1, 2)).unflatten(1, grid).cpu() for i in chosen}
-    return maps
-
-
-def draw_fusion(maps: dict[str, Any], labels: Labels, path: Path) -> None:
+def draw_attention(maps: AttentionMaps, labels: Labels, path: Path) -> None:
     """One row per clip: frame, r over it at each layer, spectrogram, p over it at each layer."""
-    count, layers = len(maps["audio"]), list(maps["p"])
+    count, layers = len(maps.audio), list(maps.p)
     figure = _figure(2.2 * (1 + len(layers)) * 2.6 + 1, 2.4 * count + 1)
     widths = [1.0] * (1 + len(layers)) + [1.6] * (1 + len(layers))
     axes = figure.subplots(count, len(widths), squeeze=False, width_ratios=widths)
     for i in range(count):
-        frame = _shown(maps["visual"][i], maps["visual"][i])
+        frame = _shown(maps.visual[i], maps.visual[i])
         height, width = frame.shape[:2]
-        for side, name in enumerate("rp"):
+        for side, (name, found) in enumerate((("r", maps.r), ("p", maps.p))):
             for column, layer in enumerate([None, *layers], side * (1 + len(layers))):
                 axis = axes[i][column]
                 if i == 0:
                     axis.set_title(("sound" if side else "picture") if layer is None else f"{name}, layer {layer}")
                 if side:
-                    labels.spectrogram(axis, maps["audio"][i], cmap="gray")
+                    labels.spectrogram(axis, maps.audio[i], cmap="gray")
                     edges = (*axis.get_xlim(), *axis.get_ylim())
                 else:
                     axis.imshow(frame)
@@ -174,18 +112,14 @@ def draw_fusion(maps: dict[str, Any], labels: Labels, path: Path) -> None:
                     _bare(axis)
                 if layer is None:
                     continue
-                weights = maps[name][layer][i]
+                weights = found[layer][i]
                 how = {"extent": edges, "origin": "lower" if side else "upper", "aspect": "auto" if side else "equal"}
                 most = weights.max().clamp(min=1e-12)
                 image = axis.imshow((weights / most).numpy(), alpha=0.6, cmap="inferno", vmin=0, vmax=1, **how)
                 axis.set_xlabel(f"at most {most / weights.mean():.1f} x the mean")
         axes[i][0].set_ylabel(labels.names[i], fontsize=8)
     figure.colorbar(image, ax=list(axes[:, -1]), label="weight / largest of its panel")
-    legend = (
-        "r, p: the weight that the fusion tokens give each patch of the picture (r) and of the sound (p), averaged "
-        "over heads and fusion tokens; before that, the weight of a pair is p times r"
-    )
-    _save(figure, f"{labels.title}\n{legend}", path)
+    _save(figure, f"{labels.title}\n{maps.legend}", path)
 
 
 def draw_losses(metrics: Path, title: str, path: Path, contrasted: int = 0) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from avfast.train.trainer import Trainer
 
 
+# What the flags that name weights of elsewhere are to `Model.load_pretrained`.
+SOURCES = {"timm": "image", "init_ast": "spectrogram", "init_audio": "audio"}
+
+
 def seed_everything(config: Config) -> None:
     """Seeds every generator and, where asked, allows deterministic kernels only."""
     random.seed(config.seed)
@@ -143,19 +147,15 @@ def start_from_file(model: nn.Module, config: Config, flag: str) -> None:
     """Takes an encoder's weights from elsewhere: ``timm``, ``init_ast`` or ``init_audio``."""
     from avfast import checkpoints
 
-    given = getattr(config, flag)
-    takes = {"timm": ("load_vit", "load_pretrained"), "init_ast": ("load_vit",), "init_audio": ("load_pretrained",)}
-    load = next((getattr(model, name) for name in takes[flag] if hasattr(model, name)), None)
-    if load is None:
+    given, source = getattr(config, flag), SOURCES[flag]
+    if source not in model.sources:
         kind = "an AudioMAE checkpoint" if flag == "init_audio" else "a Vision Transformer"
         raise SettingError(f"--{flag} {given}: {config.model} does not start from {kind}; use none")
     try:
+        weights = given
         if flag == "timm":
-            load(checkpoints.timm_vit(given, True, model.img_size).state_dict())
-        elif flag == "init_ast":
-            load(checkpoints.ast(checkpoints.load(given)))
-        else:
-            load(audio=given)
+            weights = checkpoints.timm_vit(given, True, model.frontend.image_size).state_dict()
+        model.load_pretrained(**{source: weights})
     except Exception as error:  # timm, its download client and the readers of files raise many kinds
         reason = " ".join(str(error).split())[:300]
         raise SettingError(f"--{flag} {given}: {reason}; --{flag} none starts from random weights") from error

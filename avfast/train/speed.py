@@ -97,7 +97,8 @@ class Work:
         with alone(), torch.random.fork_rng(devices=[]):
             with torch.device("meta"):
                 model = create_model(config.model, **config.model_args).train()
-            for branch in model.branches:
-                inputs = (x.to("meta") for x in self.trainer.inputs(batch, branch))
-                total += flops.count(model, *inputs, backward=True)
+            for only in model.passes:
+                inputs, draws = self.trainer.inputs(batch, only)
+                named = {name: x.to("meta") for name, x in inputs.items()}
+                total += flops.count(model, **named, draws=draws.to("meta"), backward=True)
         return total

@@ -17,11 +17,9 @@ from avfast.train import data, parallel
 from avfast.train.evaluate import evaluate, nothing, table
 from avfast.train.pictures import (
     Labels,
-    draw_fusion,
+    draw_attention,
     draw_losses,
     draw_reconstructions,
-    fusion_maps,
-    reconstructions,
 )
 from avfast.train.run import Run, RunError
 from avfast.train.setup import whole_model
@@ -73,20 +71,24 @@ def paint(trainer: Trainer, model: nn.Module, clips: ClipList, out: Path, title:
     (batch,) = eval_loader(dataset, len(clips))
     if not len(batch.index):
         return
-    audio, visual, draws = trainer.inputs(batch, model.branches[-1], train=False)
-    rows = reconstructions(model, audio, visual, draws)
+    inputs, draws = trainer.inputs(batch, model.passes[-1], train=False)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model(**inputs, draws=draws)  # on every process: a contrastive loss is gathered over all
+        if parallel.rank() == 0:
+            figures = model.figures(inputs, draws, output)
+    model.train(training)
     if parallel.rank() > 0:
         return
     index = batch.index.tolist()
-    if rows:
+    if figures.reconstruction:
         # a clip of which little or nothing is hidden shows little: first those that are masked on both sides
-        hidden = torch.stack(rows["masked"]).amin(0) > 0
+        hidden = torch.stack(list(figures.reconstruction.masked)).amin(0) > 0
         chosen = hidden.logical_not().long().argsort(stable=True)[:wanted].sort().values
-        shown = {name: [x[chosen] for x in parts] for name, parts in rows.items()}
         labels = Labels.of(title, clips, [index[i] for i in chosen.tolist()], model.frontend)
-        draw_reconstructions(shown, labels, out / "reconstruction.png")
+        draw_reconstructions(figures.reconstruction.select(chosen), labels, out / "reconstruction.png")
     both = (batch.has_audio & batch.has_visual).nonzero()[:wanted, 0]
-    maps = fusion_maps(model, audio[both.to(audio.device)], visual[both.to(visual.device)])
-    if maps:
+    if figures.attention and len(both):
         labels = Labels.of(title, clips, [index[i] for i in both.tolist()], model.frontend)
-        draw_fusion(maps, labels, out / "fusion.png")
+        draw_attention(figures.attention.select(both), labels, out / "fusion.png")

@@ -1,4 +1,4 @@
-"""One optimiser step: branches, accumulation, mixed precision, learning rate."""
+"""One optimiser step: passes, accumulation, mixed precision, learning rate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from avfast.data.clips import Batch
 from avfast.distributed import world_size
+from avfast.models.contract import Draws
 from avfast.tensors import to_device
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config, SettingError
@@ -45,15 +46,15 @@ def unimodal_factor(config: Config, step: int, total: int) -> float:
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """The parameters for an optimiser, by ``unimodal`` (does the ramp apply) and weight decay."""
-    parts: tuple[str, ...] = ()
+    ramped: set[int] = set()
     if config.unimodal_ramp:
-        parts = getattr(model, "unimodal_parts", ())
-        if not parts:
+        ramped = {id(parameter) for parameter in model.parameter_groups().get("unimodal", ())}
+        if not ramped:
             raise SettingError(f"--unimodal_ramp {config.unimodal_ramp}: {config.model} names no unimodal parts; use 0")
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         decays = config.decay_1d or parameter.ndim > 1
-        groups.setdefault((name.startswith(parts), decays), []).append(parameter)
+        groups.setdefault((id(parameter) in ramped, decays), []).append(parameter)
     return [
         {"params": parameters, "unimodal": unimodal, "weight_decay": config.weight_decay if decays else 0.0}
         for (unimodal, decays), parameters in groups.items()
@@ -61,10 +62,10 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
 
 
 class Trainer:
-    """A model with its optimisers, one per branch of the model, each with a loss scaler of its own.
+    """A model with its optimisers, one per pass of the model, each with a loss scaler of its own.
 
     Args:
-        model: with ``draw``, ``branches``, ``frontend`` and ``has_unused_parameters``, on ``device``.
+        model: see :class:`avfast.models.Model`, on ``device``.
         config: of the run.
         device: of the model.
     """
@@ -78,26 +79,26 @@ class Trainer:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
         fused = True if device.type == "cuda" else None
         self.optimizers = [
-            kind(parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=fused) for _ in model.branches
+            kind(parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=fused) for _ in model.passes
         ]
         half = self.dtype is torch.float16
-        self.scalers = [torch.amp.GradScaler(device.type, enabled=half) for _ in model.branches]
-        self.passes: list[Pass] = [partial(self.forward_backward, scaler) for scaler in self.scalers]
+        self.scalers = [torch.amp.GradScaler(device.type, enabled=half) for _ in model.passes]
+        self.runs: list[Pass] = [partial(self.forward_backward, scaler) for scaler in self.scalers]
         if config.cuda_graph:
             parallel.check_graph(config, device)
-            self.passes = [GraphedPass(run, model.parameters()) for run in self.passes]
+            self.runs = [GraphedPass(run, model.parameters()) for run in self.runs]
 
     def step(self, batches: list[Batch], lr: float, unimodal_factor: float = 1.0) -> dict[str, Tensor]:
-        """One optimiser step per branch on the same batches; the mean losses, still on the device."""
+        """One optimiser step per pass on the same batches; the mean losses, still on the device."""
         self.wrapped.train()
         means: dict[str, Tensor] = {}
-        for branch, optimizer, scaler, run in zip(
-            self.model.branches, self.optimizers, self.scalers, self.passes, strict=True
+        for only, optimizer, scaler, run in zip(
+            self.model.passes, self.optimizers, self.scalers, self.runs, strict=True
         ):
             optimizer.zero_grad(set_to_none=True)
             for i, batch in enumerate(batches):
                 with parallel.accumulating(self.wrapped, last=i == len(batches) - 1):
-                    losses = run(*self.inputs(batch, branch), len(batches))
+                    losses = run(*self.inputs(batch, only), len(batches))
                 for name, value in losses.items():
                     means[name] = means.get(name, 0) + value / len(batches)
             if self.config.clip_grad is not None:
@@ -110,29 +111,26 @@ class Trainer:
         return means
 
     def forward_backward(
-        self, scaler: torch.amp.GradScaler, audio: Tensor, visual: Tensor, draws: Any, parts: int
+        self, scaler: torch.amp.GradScaler, inputs: dict[str, Tensor], draws: Draws, parts: int
     ) -> dict[str, Tensor]:
         """Adds the gradients of one of a step's ``parts`` forward passes; the losses, without gradient."""
         with parallel.autocast(self.dtype, self.device):
-            output = self.wrapped(audio, visual, draws)
+            output = self.wrapped(**inputs, draws=draws)
         scaler.scale(output.loss / parts).backward()
         return {name: x.detach().float() for name, x in ({"loss": output.loss} | output.losses).items()}
 
-    def forward(self, call: nn.Module, batch: Batch, branch: str, train: bool = True) -> Any:
-        """The model's output for a batch of clips, every random choice keyed by the batch's step and positions."""
-        audio, visual, draws = self.inputs(batch, branch, train)
-        with parallel.autocast(self.dtype, self.device):
-            return call(audio, visual, draws)
+    def inputs(self, batch: Batch, only: str, train: bool = True) -> tuple[dict[str, Tensor], Draws]:
+        """A model's inputs by name and draws for a batch of clips, on the device.
 
-    def inputs(self, batch: Batch, branch: str, train: bool = True) -> tuple[Tensor, Tensor, Any]:
-        """``(audio, visual, draws)`` of a batch of clips, on the device."""
+        Every random choice is keyed by the batch's step and positions.
+        """
         batch = batch if len(batch) else blank(batch)
         key = batch.key(self.config.seed)
         # Drawn first, while the device still works on the step before. Nothing here waits for it.
         draws = self.model.draw(
             len(batch),
             key=key,
-            branch=branch,
+            only=only,
             has_audio=batch.has_audio.tolist(),
             has_visual=batch.has_visual.tolist(),
         ).to(self.device)
@@ -142,7 +140,7 @@ class Trainer:
         with torch.no_grad():
             audio = self.model.frontend.audio(waveform, samples, train=train, key=key)
             visual = self.model.frontend.visual(frames)
-        return audio, visual, draws
+        return {"audio": audio, "visual": visual}, draws
 
     def model_state(self, everywhere: bool = False) -> dict[str, Tensor]:
         """The full state dict; every process must call it.
@@ -181,7 +179,7 @@ class Trainer:
             from torch.distributed.checkpoint import state_dict as full
 
             full.set_model_state_dict(self.model, model, options=full.StateDictOptions(full_state_dict=True))
-            # not strict: an optimiser of one branch has no state for the parameters that only others train
+            # not strict: an optimiser of one pass has no state for the parameters that only others train
             options = full.StateDictOptions(full_state_dict=True, strict=False)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 full.set_optimizer_state_dict(self.model, optimizer, saved, options=options)

@@ -1,0 +1,136 @@
+"""Every tiny preset keeps the whole contract of avfast/models/contract.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+
+from avfast import create_model, list_models
+from avfast.models import Draws, Figures
+from avfast.random import DrawKey
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
+BATCH = 4
+
+
+@pytest.fixture(params=list_models("*_tiny"))
+def model(request):
+    torch.manual_seed(0)
+    return create_model(request.param, **SMALL)
+
+
+def inputs(model, batch=BATCH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    frontend = model.frontend
+    wave = torch.rand(batch, frontend.num_samples, generator=generator) - 0.5
+    frames = torch.randint(256, (batch, 1, 3, *[frontend.image_size] * 2), generator=generator, dtype=torch.uint8)
+    return {"audio": frontend.audio(wave), "visual": frontend.visual(frames)}
+
+
+def drawn(model, only=None, **given):
+    return model.draw(BATCH, key=DrawKey(3, 1, range(BATCH), BATCH), only=only, **given)
+
+
+def step(model, data, draws, call=None):
+    """The losses and the gradients by name."""
+    model.zero_grad()
+    output = (model if call is None else call)(**data, draws=draws)
+    output.loss.backward()
+    losses = torch.stack([output.loss, *output.losses.values()]).detach()
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, want, tol):
+    assert_close("losses", got[0], want[0], tol)
+    assert got[1].keys() == want[1].keys()
+    scale = max(x.abs().max().item() for x in want[1].values())
+    for name, grad in want[1].items():
+        assert_close(name, got[1][name], grad, 10 * tol, scale)
+
+
+def test_draws_name_every_choice_and_move_in_one_piece(model):
+    for only in model.passes:
+        draws, again = drawn(model, only), drawn(model, only)
+        assert isinstance(draws, Draws) and draws.only == only and draws.signature == again.signature
+        moved = draws.to("cpu")
+        for a, b, c in zip(draws.tensors(), again.tensors(), moved.tensors(), strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c) and a.data_ptr() != c.data_ptr()
+        other = model.draw(BATCH, key=DrawKey(3, 2, range(BATCH), BATCH), only=only)
+        assert other.signature == draws.signature, "every step has the same shapes"
+        assert not all(torch.equal(a, b) for a, b in zip(draws.tensors(), other.tensors(), strict=True))
+        assert drawn(model, only, has_audio=[i > 0 for i in range(BATCH)]).signature != draws.signature
+
+
+def test_a_step_trains_every_parameter_but_those_declared_unused(model):
+    data, trained = inputs(model), set()
+    for only in model.passes:
+        losses, grads = step(model, data, drawn(model, only))
+        assert torch.isfinite(losses).all()
+        trained |= grads.keys()
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained <= wanted and (trained == wanted or model.has_unused_parameters)
+    grouped = [p for group in model.parameter_groups().values() for p in group]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    assert {id(p) for block in model.blocks() for p in block.parameters()} < {*map(id, grouped)}
+
+
+def test_a_missing_modality_reaches_nothing(model):
+    data = inputs(model)
+    for name in data:
+        absent = {f"has_{name}": [False] * BATCH}
+        whole = step(model, data, drawn(model, **absent))
+        assert_same(step(model, data | {name: None}, drawn(model, **absent)), whole, 1e-6)
+        with pytest.raises(ValueError, match=f"keep patches of {name}, which is not given"):
+            model(**data | {name: None}, draws=drawn(model))
+
+
+def test_each_modality_is_encoded_alone_and_both_together(model):
+    data = inputs(model)
+    for name, x in data.items():
+        found = model.eval().encode(**{name: x})
+        assert getattr(found, name).shape[0] == BATCH and getattr(found, name).ndim == 3
+        assert [getattr(found, other) for other in data if other != name] == [None]
+    assert all(x.shape[0] == BATCH for x in vars(model.encode(**data)).values())
+
+
+def test_recomputation_and_compilation_change_nothing(model):
+    model.double()
+    data, draws = {name: x.double() for name, x in inputs(model).items()}, drawn(model).to("cpu")
+    want = step(model, data, draws)
+    torch._dynamo.reset()
+    assert_same(step(model, data, draws, torch.compile(model, backend="eager", fullgraph=True)), want, 1e-12)
+    torch._dynamo.reset()
+    model.set_grad_checkpointing(True)
+    assert_same(step(model, data, draws), want, 1e-12)
+
+
+def test_weights_saved_give_the_same_model(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    data, draws = inputs(model), drawn(model)
+    want = model(**data, draws=draws).loss
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(model(**data, draws=draws).loss, want)
+
+
+def test_half_precision_is_near(model):
+    data, draws = inputs(model), drawn(model)
+    want = step(model, data, draws)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**data, draws=draws)
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    assert_close("loss", output.loss, want[0][0], 0.02)
+
+
+def test_figures_show_what_was_kept(model):
+    data, draws = inputs(model), drawn(model, model.passes[-1])
+    figures = model.figures(data, draws, model.eval()(**data, draws=draws))
+    assert isinstance(figures, Figures) and figures.reconstruction is not None
+    for name, shown in (("audio", figures.reconstruction.audio), ("visual", figures.reconstruction.visual)):
+        assert [x.shape for x in shown] == [data[name].shape] * 3
+        seen = ~torch.isnan(shown[1])
+        assert torch.equal(shown[0][seen], data[name][seen])
+        assert_close(name, shown[2][seen], shown[0][seen], 1e-6)
