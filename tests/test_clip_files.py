@@ -56,7 +56,7 @@ def test_sound_and_pictures_of_a_truncated_file_belong_together(truncated: Path,
     (index,) = [i for i, clip in enumerate(clips.clips) if clip.audio_path == str(truncated / name)]
     clips = clips.take([index])
     click = 0.7 if name == "quiet.mp4" else CLICK
-    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=True, cache=cache)
+    dataset = ClipDataset(clips, frontend=FRONTEND, train=True, cache=cache)
     starts = []
     for step in range(20):
         sample = dataset[0, step, 0]
@@ -73,7 +73,7 @@ def test_truncated_files_are_named(truncated: Path, caplog: pytest.LogCaptureFix
     clips = read_folder(truncated)
     frontend = KaldiFrontend(num_frames=398, image_size=32)  # 3.995 s: all of what the headers promise
     with caplog.at_level(logging.WARNING, logger="avfast"):
-        loader = eval_loader(ClipDataset(clips, spec=replace(frontend.spec, frames=even(2)), train=False), 2)
+        loader = eval_loader(ClipDataset(clips, frontend=replace(frontend.spec, frames=even(2)), train=False), 2)
         batches = list(loader)
     cut = {str(truncated / name) for name in ("cut.mkv", "cut.mp4", "film.mkv")}
     assert not any(batch.failures for batch in batches) and loader.truncated == cut

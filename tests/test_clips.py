@@ -84,7 +84,7 @@ def by_name(clips: ClipList, batches: Any) -> tuple[dict[str, dict[str, Any]], l
 
 def test_a_users_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     clips = read_folder(folder)
-    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=False)
+    dataset = ClipDataset(clips, frontend=FRONTEND, train=False)
     with caplog.at_level(logging.WARNING, logger="avfast"):
         loader = eval_loader(dataset, 4)
         rows, failures = by_name(clips, loader)
@@ -116,7 +116,7 @@ def test_a_users_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_spectrogram_of_a_batch(folder: Path) -> None:
     """Every decodable clip becomes finite inputs; a clip without sound becomes padding."""
     clips = read_folder(folder)
-    for batch in eval_loader(ClipDataset(clips, spec=FRONTEND.spec, train=False), 32):
+    for batch in eval_loader(ClipDataset(clips, frontend=FRONTEND, train=False), 32):
         audio = FRONTEND.audio(batch.waveform, batch.num_samples)
         assert audio.shape == (12, 128, 128) and audio.isfinite().all()
         padding = (audio == (0 - FRONTEND.mean) / FRONTEND.std).all(2).sum(1)
@@ -128,7 +128,7 @@ def test_spectrogram_of_a_batch(folder: Path) -> None:
 def test_one_file_as_a_model_takes_it(folder: Path) -> None:
     clips = read_folder(folder)
     index = [clip.id for clip in clips.clips].index("a/plain0")
-    batch = next(iter(eval_loader(ClipDataset(ClipList((clips.clips[index],)), spec=FRONTEND.spec, train=False), 1)))
+    batch = next(iter(eval_loader(ClipDataset(ClipList((clips.clips[index],)), frontend=FRONTEND, train=False), 1)))
     audio, visual = FRONTEND.load(folder / "a/plain0.mp4")
     assert torch.equal(audio, FRONTEND.audio(batch.waveform)) and torch.equal(visual, FRONTEND.visual(batch.frames))
     audio, visual = FRONTEND.load(folder / "a/sound.wav")
@@ -142,7 +142,7 @@ def test_one_file_as_a_model_takes_it(folder: Path) -> None:
 @pytest.mark.parametrize("cache", [False, True])
 def test_several_frames(folder: Path, cache: bool) -> None:
     clips = read_folder(folder / "b")
-    dataset = ClipDataset(clips, spec=replace(FRONTEND.spec, frames=even(4)), train=False, cache=cache)
+    dataset = ClipDataset(clips, frontend=replace(FRONTEND.spec, frames=even(4)), train=False, cache=cache)
     rows, failures = by_name(clips, eval_loader(dataset, 32))
     assert len(failures) == 2 and rows["plain0"]["frames"].shape == (4, 3, 32, 32)
     near = [1, 4, 8, 11]  # pictures at 0.16, 0.49, 0.81 and 1.13 s; a cache holds 16 of the 20
@@ -151,7 +151,7 @@ def test_several_frames(folder: Path, cache: bool) -> None:
 
 def test_draws_depend_on_names_only(folder: Path) -> None:
     clips = read_folder(folder)
-    make = partial(ClipDataset, clips, spec=FRONTEND.spec, train=True)
+    make = partial(ClipDataset, clips, frontend=FRONTEND, train=True)
     names = [clip.id for clip in clips.clips]
     index = names.index("a/plain0")
     sample = make(seed=3)[index, 5, 2]
@@ -164,7 +164,7 @@ def test_draws_depend_on_names_only(folder: Path) -> None:
 
 def test_random_windows_and_frames_cover_the_clip(folder: Path) -> None:
     clips = ClipList((Clip("x", str(folder / "a/plain0.mp4"), str(folder / "a/plain0.mp4")),))
-    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=True)
+    dataset = ClipDataset(clips, frontend=FRONTEND, train=True)
     offsets, pictures = [], []
     for step in range(200):
         sample = dataset[0, step, 0]
@@ -178,19 +178,19 @@ def test_random_windows_and_frames_cover_the_clip(folder: Path) -> None:
 
 def test_cache_equals_decoding(folder: Path) -> None:
     clips = read_folder(folder)
-    cached = ClipDataset(clips, spec=FRONTEND.spec, train=False, cache=True)
+    cached = ClipDataset(clips, frontend=FRONTEND, train=False, cache=True)
     seen: list[int] = []
     bad = cached.warm(lambda items: (seen.append(item) or item for item in items))  # type: ignore[func-returns-value]
     assert seen == list(range(len(clips)))
     got, failed = by_name(clips, make_eval(cached, workers=2))
-    want, failures = by_name(clips, make_eval(ClipDataset(clips, spec=FRONTEND.spec, train=False)))
+    want, failures = by_name(clips, make_eval(ClipDataset(clips, frontend=FRONTEND, train=False)))
     assert failed == failures and {failure.path for failure in bad} == {failure.path for failure in failures}
     assert got.keys() == want.keys()
     for name, row in want.items():
         assert torch.equal(got[name]["waveform"][: got[name]["num_samples"]], row["waveform"][: row["num_samples"]])
         assert np.abs(np.subtract(shown(got[name]["frames"]), shown(row["frames"]))).max() <= 1
     with pytest.raises(ValueError, match="cache=True"):
-        ClipDataset(clips, spec=FRONTEND.spec, train=False).warm()
+        ClipDataset(clips, frontend=FRONTEND, train=False).warm()
 
 
 def make_eval(dataset: ClipDataset, workers: int = 0) -> Any:
@@ -203,7 +203,7 @@ from avfast.data.clips import ClipDataset, StepBatches, make_loader
 from avfast.data.frontend import KaldiFrontend
 from avfast.data.manifest import read_folder
 if __name__ == "__main__":
-    data = ClipDataset(read_folder(sys.argv[1]), spec=KaldiFrontend(num_frames=64, image_size=32).spec, train=True)
+    data = ClipDataset(read_folder(sys.argv[1]), frontend=KaldiFrontend(num_frames=64, image_size=32), train=True)
     batches = iter(make_loader(data, StepBatches(1, 1, steps=10**9), 1))
     next(batches)
 """
@@ -248,7 +248,7 @@ def test_a_script_may_end_while_it_loads(folder: Path, tmp_path: Path) -> None:
 
 def test_workers_change_nothing(folder: Path) -> None:
     clips = read_folder(folder)
-    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=True, seed=1)
+    dataset = ClipDataset(clips, frontend=FRONTEND, train=True, seed=1)
     batches = StepBatches(len(clips), 5, steps=3, seed=1)
     alone = list(make_loader(dataset, batches))
     helped = list(make_loader(dataset, batches, 2))
@@ -262,7 +262,7 @@ def test_workers_change_nothing(folder: Path) -> None:
 
 def test_ranks_share_one_global_batch(folder: Path) -> None:
     clips = read_folder(folder)
-    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=True)
+    dataset = ClipDataset(clips, frontend=FRONTEND, train=True)
     (whole,) = make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3))
     parts = [
         next(iter(make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3, rank=r, world_size=2))))
@@ -278,7 +278,7 @@ def test_ranks_share_one_global_batch(folder: Path) -> None:
 
 def test_batch_without_a_sample(folder: Path) -> None:
     clips = ClipList((Clip("gone", None, str(folder / "none.mp4"), (1,)),), ("x", "y"))
-    (batch,) = make_loader(ClipDataset(clips, spec=FRONTEND.spec, train=True), StepBatches(1, 1, steps=1))
+    (batch,) = make_loader(ClipDataset(clips, frontend=FRONTEND, train=True), StepBatches(1, 1, steps=1))
     assert len(batch) == 0 and batch.positions == () and batch.frames.shape == (0, 1, 3, 32, 32)
     assert batch.labels is not None and batch.labels.shape == (0, 2) and batch.waveform.shape == (0, 0)
     assert FRONTEND.audio(batch.waveform, batch.num_samples).shape == (0, 128, 128)
@@ -289,7 +289,7 @@ def test_batch_without_a_sample(folder: Path) -> None:
 
 
 def test_batch_to_another_dtype_of_place(folder: Path) -> None:
-    dataset = ClipDataset(read_folder(folder), spec=FRONTEND.spec, train=False)
+    dataset = ClipDataset(read_folder(folder), frontend=FRONTEND, train=False)
     batch = next(iter(eval_loader(dataset, 3)))
     moved = batch.to("meta")
     assert isinstance(moved, Batch) and moved.frames.is_meta and moved.labels.is_meta
@@ -306,14 +306,14 @@ def test_frames_of_the_field(tmp_path: Path) -> None:
     write(tmp_path / "x.wav")
     clip = Clip("x", str(tmp_path / "x.wav"), None, frames_dir=str(tmp_path))
     frontend = KaldiFrontend(num_frames=198, image_size=32)  # 1.995 s
-    middle = ClipDataset(ClipList((clip,)), spec=frontend.spec, train=False)[0, 0, 0]
+    middle = ClipDataset(ClipList((clip,)), frontend=frontend, train=False)[0, 0, 0]
     assert shown(middle.frames) == [4] and len(middle.waveform) == frontend.num_samples
-    every = ClipDataset(ClipList((clip,)), spec=replace(frontend.spec, frames=even(10)), train=False)[0, 0, 0]
+    every = ClipDataset(ClipList((clip,)), frontend=replace(frontend.spec, frames=even(10)), train=False)[0, 0, 0]
     assert shown(every.frames) == [0, 1, 2, 3, 4, 4, 6, 7, 8, 9]
     for cache in (False, True):
-        train = ClipDataset(ClipList((clip,)), spec=frontend.spec, train=True, cache=cache)
+        train = ClipDataset(ClipList((clip,)), frontend=frontend, train=True, cache=cache)
         assert {n for step in range(60) for n in shown(train[0, step, 0].frames)} == {0, 1, 2, 3, 4, 6, 7, 8, 9}
-    gone = ClipDataset(ClipList((Clip("y", None, None, frames_dir=str(tmp_path)),)), spec=frontend.spec, train=False)
+    gone = ClipDataset(ClipList((Clip("y", None, None, frames_dir=str(tmp_path)),)), frontend=frontend, train=False)
     assert isinstance(gone[0, 0, 0], Failure) and gone[0, 0, 0].path.endswith("frame_0/y.jpg")
     (tmp_path / "frame_0" / "y.jpg").write_bytes(b"no jpeg")
     assert "y.jpg" in gone[0, 0, 0].path and "cannot identify" in gone[0, 0, 0].reason
@@ -402,7 +402,7 @@ def test_batches_that_grow_between_epochs() -> None:
 
 def test_a_loader_tells_each_batch_its_size_and_the_progress(folder: Path) -> None:
     clips = read_folder(folder / "b")
-    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=True)
+    dataset = ClipDataset(clips, frontend=FRONTEND, train=True)
     batches = StepBatches(len(clips), lambda epoch: 2 + epoch, steps=5)  # which no worker could be sent
     for workers in (0, 1):
         made = list(make_loader(dataset, batches, workers))
@@ -436,7 +436,7 @@ def test_fewer_clips_than_a_batch() -> None:
 
 def test_evaluation_meets_every_clip_once(folder: Path) -> None:
     clips = read_folder(folder)
-    dataset = ClipDataset(clips, spec=FRONTEND.spec, train=False)
+    dataset = ClipDataset(clips, frontend=FRONTEND, train=False)
     met = [
         [i for batch in eval_loader(dataset, 2, rank=rank, world_size=4) for i in batch.index.tolist()]
         + [f.index for batch in eval_loader(dataset, 2, rank=rank, world_size=4) for f in batch.failures]

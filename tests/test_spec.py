@@ -44,7 +44,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> ClipList:
 def test_evaluation_takes_the_frames_shown_at_their_times(
     films: ClipList, frames: Frames, long: list[int], short: list[int], cache: bool
 ) -> None:
-    dataset = ClipDataset(films, spec=replace(SPEC, frames=frames), train=False, cache=cache)
+    dataset = ClipDataset(films, frontend=replace(SPEC, frames=frames), train=False, cache=cache)
     (batch,) = eval_loader(dataset, 3)
     assert batch.frames.shape == (3, frames.count, 3, 32, 32) and batch.frames.dtype == torch.uint8
     slack = 1 if cache else 0  # a cache holds 16 of the 20
@@ -55,7 +55,7 @@ def test_evaluation_takes_the_frames_shown_at_their_times(
 
 @pytest.mark.parametrize("frames", [even(3), video(4, 0.4), clips(2, 3)], ids=["even", "video", "clips"])
 def test_training_takes_them_from_anywhere(films: ClipList, frames: Frames) -> None:
-    dataset = ClipDataset(films.take([1]), spec=replace(SPEC, frames=frames), train=True, crop_scale=(1.0, 1.0))
+    dataset = ClipDataset(films.take([1]), frontend=replace(SPEC, frames=frames), train=True, crop_scale=(1.0, 1.0))
     rows = [shown(dataset[0, step, 0].frames) for step in range(60)]
     assert rows[7] == shown(dataset[0, 7, 0].frames)
     gaps = np.diff(rows, axis=1)
@@ -89,7 +89,7 @@ def test_a_front_end_shapes_them_for_its_model(films: ClipList) -> None:
             assert torch.equal(front.visual_to_uint8(place(visual, i)), frames[:, i])
     Front.frames = video(4, 0.5)
     front = Front(num_frames=100, image_size=32)
-    dataset = ClipDataset(films, spec=front.spec, train=True)
+    dataset = ClipDataset(films, frontend=front, train=True)
     (batch,) = make_loader(dataset, StepBatches(3, 3, steps=1))
     inputs = front(batch, train=True, key=batch.key(0))
     assert {name: x.shape for name, x in inputs.items()} == {"audio": (3, 100, 128), "visual": (3, 3, 4, 32, 32)}
@@ -103,10 +103,10 @@ def test_a_model_that_only_listens_opens_no_pictures(films: ClipList, cache: boo
 
     heard = ClipList((Clip("x", films.clips[0].audio_path, "/no/such.mp4"),))
     front = Listening(num_frames=64, image_size=32)
-    (batch,) = eval_loader(ClipDataset(heard, spec=front.spec, train=False, cache=cache), 1)
+    (batch,) = eval_loader(ClipDataset(heard, frontend=front, train=False, cache=cache), 1)
     assert batch.has_audio.all() and not batch.has_visual.any() and batch.frames.shape == (1, 0, 3, 32, 32)
     silent = ClipList((Clip("x", None, films.clips[0].path),))
-    failure = ClipDataset(silent, spec=front.spec, train=False, cache=cache)[0, 0, 0]
+    failure = ClipDataset(silent, frontend=front, train=False, cache=cache)[0, 0, 0]
     assert (failure.path, failure.reason) == (films.clips[0].path, "holds no sound")
     assert list(front(batch)) == ["audio"] and front.load(films.clips[0].path)[1] is None
 

@@ -14,7 +14,7 @@ from test_train import QUIET, arguments, assert_same, clips, losses  # noqa: F40
 
 from avfast import create_model
 from avfast.data.clips import StepBatches
-from avfast.demo import PRESETS
+from avfast.data.demo import PRESETS
 from avfast.models import Output
 from avfast.train import checkpoint, data
 from avfast.train.loop import run
@@ -80,7 +80,7 @@ def test_the_ramp_starts_at_zero_and_leaves_fusion_alone(clips):  # noqa: F811
     model = create_model("deepavfusion_tiny", **MODEL)
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainer, train = Trainer(model, config, torch.device("cpu")), data.read([clips.train])
-    dataset = ClipDataset(train, spec=model.frontend.spec, train=True)
+    dataset = ClipDataset(train, frontend=model.frontend, train=True)
     trainer.step(list(make_loader(dataset, StepBatches(len(train), 4, steps=1))), 1e-2, 0.0)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

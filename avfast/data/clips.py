@@ -288,9 +288,9 @@ class Loader:
         truncated: the files met so far that end before their headers say.
     """
 
-    def __init__(self, loader: DataLoader[Any], batches: StepBatches | _InOrder, seconds: float) -> None:
+    def __init__(self, loader: DataLoader[Any], batches: Any, seconds: float) -> None:
         self._loader = loader
-        self._batches = batches
+        self._plan = getattr(batches, "plan", None)
         self._seconds = seconds
         self.short: set[int] = set()
         self.truncated: set[str] = set()
@@ -309,7 +309,8 @@ class Loader:
             for batch in batches:
                 self._note(batch)
                 # here and not in the workers, which a function of the user's might not reach
-                batch.total, batch.progress = self._batches.plan(batch.step)
+                if self._plan is not None:
+                    batch.total, batch.progress = self._plan(batch.step)
                 yield batch
         finally:
             del batches  # asks the workers to end, and waits a little
@@ -333,12 +334,11 @@ def _kill(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
         worker.kill()
 
 
-def make_loader(
-    dataset: ClipDataset, batches: StepBatches | _InOrder, num_workers: int = 0, *, pin_memory: bool = False
-) -> Loader:
+def make_loader(dataset: ClipDataset, batches: Any, num_workers: int = 0, *, pin_memory: bool = False) -> Loader:
     """Batches of ``dataset`` as ``batches`` says.
 
     Args:
+        batches: lists of (index, step, position): a :class:`StepBatches`, or any batch sampler.
         num_workers: processes that decode, started through a fork server (FFmpeg hangs in plain forks of a process that
             has threads). A dataset with a cache is read in this process: nothing is left to decode.
         pin_memory: as in torch's DataLoader.

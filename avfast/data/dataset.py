@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from avfast.data.clip_list import Clip, ClipList
 from avfast.data.media import MediaError, MediaFile, read_image
 from avfast.data.spec import ClipSpec, Draw
 from avfast.random import DrawKey
+
+if TYPE_CHECKING:
+    from avfast.data.frontend import Frontend
 
 Item = tuple[int, int, int]  # index of the clip, step, position in the global batch
 _STILLS = 10  # frame_0 .. frame_9 of CAV-MAE's folders
@@ -85,7 +89,7 @@ class ClipDataset(Dataset[Sample | Failure]):
 
     Args:
         clip_list: the clips.
-        spec: what the model wants of a clip, ``model.frontend.spec``.
+        frontend: of the model, or its ``spec`` alone: what the model wants of a clip.
         train: see above.
         seed: of the random choices of training.
         cache: keep what is decoded in memory: all sound, and 16 frames per clip or as many as ``spec.frames`` asks for,
@@ -97,7 +101,7 @@ class ClipDataset(Dataset[Sample | Failure]):
         self,
         clip_list: ClipList,
         *,
-        spec: ClipSpec,
+        frontend: Frontend | ClipSpec,
         train: bool,
         seed: int = 0,
         cache: bool = False,
@@ -107,7 +111,7 @@ class ClipDataset(Dataset[Sample | Failure]):
             raise ValueError(f"crop_scale: expected 0 < low <= high <= 1, got {crop_scale}")
         self.clips = clip_list.clips
         self.class_names = clip_list.class_names
-        self.spec = spec
+        self.spec = frontend if isinstance(frontend, ClipSpec) else frontend.spec
         self.train = train
         self.seed = seed
         self.cache = cache

@@ -102,7 +102,7 @@ class Frontend:
 
         file = os.fspath(path)
         clips = ClipList((Clip(file, file, file),))
-        sample = ClipDataset(clips, spec=self.spec, train=False)[0, 0, 0]
+        sample = ClipDataset(clips, frontend=self, train=False)[0, 0, 0]
         if isinstance(sample, Failure):
             raise MediaError(sample.path, sample.reason)
         audio = None if sample.waveform is None else self.audio(sample.waveform[None])
@@ -140,7 +140,8 @@ class Frontend:
         """A batch's frames as the model takes them, with ImageNet's mean and deviation taken off.
 
         Args:
-            frames: (B, F, 3, image_size, image_size) uint8, F as ``spec.frames`` says.
+            frames: (B, F, 3, image_size, image_size) uint8, F as ``spec.frames`` says; where it is 1 it may be
+                left out.
 
         Returns:
             float32, shaped by :meth:`avfast.data.spec.Frames.shaped`: (B, 3, H, W) of one frame, (B, 3, T, H, W) of a
@@ -152,6 +153,8 @@ class Frontend:
         if self.frames is None:
             raise ValueError("frames: the model takes none")
         expected = (self.frames.count, 3, self.image_size, self.image_size)
+        if frames.ndim == 4 and self.frames.count == 1:
+            frames = frames[:, None]
         if frames.ndim != 5 or frames.shape[1:] != expected:
             raise ValueError(f"frames: expected (B, {', '.join(map(str, expected))}), got {tuple(frames.shape)}")
         if frames.dtype != torch.uint8:

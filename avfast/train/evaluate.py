@@ -38,7 +38,7 @@ def features(model: Model, config: Config, clips: ClipList | ClipDataset, device
     """Pooled features of every clip without augmentation, see :func:`avfast.tasks.features.pooled`."""
     dataset = clips
     if isinstance(clips, ClipList):
-        dataset = ClipDataset(clips, spec=model.frontend.spec, train=False, seed=config.seed)
+        dataset = ClipDataset(clips, frontend=model.frontend, train=False, seed=config.seed)
     loader = eval_loader(
         dataset, config.batch_size, config.workers, rank=parallel.rank(), world_size=parallel.world_size()
     )
@@ -122,7 +122,7 @@ class Neighbours:
     def __init__(self, config: Config, held_out: ClipList, frontend: Any) -> None:
         self.config = config
         clips = data.first(held_out, config.eval_clips)
-        self.dataset = ClipDataset(clips, spec=frontend.spec, train=False, seed=config.seed, cache=config.cache_media)
+        self.dataset = ClipDataset(clips, frontend=frontend, train=False, seed=config.seed, cache=config.cache_media)
 
     def __call__(self, model: Model, device: torch.device) -> dict[str, Any] | None:
         """What :func:`neighbours` gives now. Every process must call it."""

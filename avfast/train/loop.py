@@ -172,7 +172,7 @@ def open_clips(run: Run) -> Loader:
     config = run.config
     dataset = ClipDataset(
         run.clips,
-        spec=run.trainer.model.frontend.spec,
+        frontend=run.trainer.model.frontend,
         train=True,
         seed=config.seed,
         cache=config.cache_media,

@@ -67,7 +67,7 @@ def paint(trainer: Trainer, model: nn.Module, clips: ClipList, out: Path, title:
     clips = data.first(clips, CANDIDATES * wanted)
     if not clips.clips:
         return
-    dataset = ClipDataset(clips, spec=model.frontend.spec, train=False, seed=trainer.config.seed)
+    dataset = ClipDataset(clips, frontend=model.frontend, train=False, seed=trainer.config.seed)
     (batch,) = eval_loader(dataset, len(clips))
     if not len(batch.index):
         return
