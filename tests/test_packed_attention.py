@@ -212,7 +212,7 @@ def test_flops(device):
     qkv, alone = q[:, None].expand(-1, 3, -1, -1), AttentionPlan.from_lengths([5, 7], device=device)
     total = flops.count(lambda: packed_attention_qkv(qkv, plan=alone).sum(), backward=True)
     assert total == 3 * 4 * (25 + 49) * 3 * 16
-    with pytest.raises(ValueError, match="give it a plan"):
+    with pytest.raises(ValueError, match="give a plan by AttentionPlan.from_lengths"):
         flops.count(packed_attention_qkv, qkv.to("meta"), torch.zeros(3, dtype=torch.int32, device="meta"))
 
 
