@@ -286,7 +286,8 @@ def test_pictures_in_and_out() -> None:
     want = (frames[:, 0].float() / 255 - mean[:, None, None]) / std[:, None, None]
     assert got.dtype == torch.float32 and torch.allclose(got, want, atol=1e-6)
     assert torch.equal(frontend.visual_to_uint8(got), frames[:, 0])
-    for wrong in (frames[..., :8], frames[:, 0], frames.expand(2, 5, 3, 16, 16)):
+    assert torch.equal(frontend.visual(frames[:, 0]), got)  # one frame may come without its dimension
+    for wrong in (frames[..., :8], frames[:, 0, 0], frames.expand(2, 5, 3, 16, 16)):
         with pytest.raises(ValueError, match=r"\(B, 1, 3, 16, 16\), got \(2, "):
             frontend.visual(wrong)
     with pytest.raises(TypeError, match="float32"):
