@@ -290,7 +290,7 @@ class Loader:
 
     def __init__(self, loader: DataLoader[Any], batches: Any, seconds: float) -> None:
         self._loader = loader
-        self._plan = getattr(batches, "plan", None)
+        self._plan = getattr(batches, "plan", None)  # a sampler without one gives batches as large as they are
         self._seconds = seconds
         self.short: set[int] = set()
         self.truncated: set[str] = set()

@@ -224,7 +224,9 @@ class MaskedPair(nn.Module):
         def ratios(key: DrawKey, only: str) -> list[tuple[float, float]]:
             return assign_ratios(self.masking(only)[0], key)
 
-        structure = lambda only: self.masking(only)[1]  # noqa: E731
+        def structure(only: str) -> Structure:
+            return self.masking(only)[1]
+
         return patched.draw(self, batch_size, generator, ratios=ratios, structure=structure, **given)
 
     def packed(self, only: str, audio: Kept, visual: Kept, *present: Sequence[bool]) -> PairDraws:
