@@ -7,7 +7,7 @@ from statistics import mean
 
 import pytest
 
-from avfast.data.demo import build
+from avfast.demo import build
 from avfast.train.loop import run
 from avfast.train.recipes import demo
 

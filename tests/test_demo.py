@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avfast.data.demo import HELD_OUT_PAIRS, PRESETS, Preset, Scene, baselines, build, class_names, is_test, sample
-from avfast.data.demo import write as demo_write
-from avfast.data.demo.baselines import accuracy, class_ceilings, explained, features, report
-from avfast.data.demo.sampling import ZIPF_ORDER
 from avfast.data.manifest import read_manifest
+from avfast.demo import HELD_OUT_PAIRS, PRESETS, Preset, Scene, baselines, build, class_names, is_test, sample
+from avfast.demo import write as demo_write
+from avfast.demo.baselines import accuracy, class_ceilings, explained, features, report
+from avfast.demo.sampling import ZIPF_ORDER
 
 TINY = PRESETS["tiny"]
 
@@ -353,7 +353,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_killed_build_is_done_again(tmp_path):
     code = f"""if True:
-        from avfast.data.demo import build
+        from avfast.demo import build
         build("tiny", {str(tmp_path)!r}, clips=20, test_clips=0, workers=1, progress=False)
     """
     process = subprocess.Popen([sys.executable, "-c", code])
@@ -392,7 +392,7 @@ def test_builders_at_the_same_time_write_once(tmp_path, monkeypatch):
 def test_a_script_without_a_main_guard_may_use_several_processes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from avfast.data.demo import build\n"
+        "from avfast.demo import build\n"
         f"demo = build('tiny', {str(tmp_path)!r}, clips=3, test_clips=1, workers=2)\n"
         "print(len(list((demo.root / 'clips').iterdir())))\n"
     )

@@ -86,7 +86,7 @@ def test_readme_and_ci_agree():
 
 
 def test_readme_example_runs(tmp_path, monkeypatch):
-    from avfast.data.demo import build
+    from avfast.demo import build
 
     made = build("tiny", tmp_path, clips=1, test_clips=0, workers=1, progress=False)
     next(made.root.rglob("*.mp4")).rename(tmp_path / "clip.mp4")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from avfast import backend, flops
-from avfast.data.demo import build
+from avfast.demo import build
 from avfast.models import create_model
 from avfast.train import checkpoint, data, parallel, speed
 from avfast.train.__main__ import main
@@ -419,7 +419,7 @@ def test_other_clips_are_judged_in_a_file_of_their_own(tmp_path, clips, plain, c
 
 def test_a_run_on_demo_clips_is_judged_by_others(clips, tmp_path, monkeypatch):
     """They have classes of their own; the demo's stay what they were."""
-    monkeypatch.setattr("avfast.data.demo.build", lambda *_, **__: clips)
+    monkeypatch.setattr("avfast.demo.build", lambda *_, **__: clips)
     clips.class_csv = clips.classes
     (tmp_path / "more/bells").mkdir(parents=True)
     shutil.copy(next(clips.folder.rglob("*.mp4")), tmp_path / "more/bells")

@@ -14,7 +14,7 @@ from test_train import QUIET, arguments, assert_same, clips, losses  # noqa: F40
 
 from avfast import create_model
 from avfast.data.clips import StepBatches
-from avfast.data.demo import PRESETS
+from avfast.demo import PRESETS
 from avfast.models import Output
 from avfast.train import checkpoint, data
 from avfast.train.loop import run

@@ -30,7 +30,7 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
     else:
 
         def build() -> tuple[str, str, str]:
-            from avfast.data.demo import build
+            from avfast.demo import build
 
             made = build(config.demo_set, clips=config.demo_clips)
             return str(made.train), str(made.test), str(made.class_csv)

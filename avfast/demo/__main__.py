@@ -1,4 +1,4 @@
-"""``python -m avfast.data.demo``: writes a demo set and prints what chance, knowledge and shortcuts reach on it."""
+"""``python -m avfast.demo``: writes a demo set and prints what chance, knowledge and shortcuts reach on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .baselines import report
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; ``arguments`` default to the command line's."""
-    parser = argparse.ArgumentParser(prog="python -m avfast.data.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m avfast.demo", description=__doc__)
     parser.add_argument("name", nargs="?", default="tiny", choices=PRESETS)
     parser.add_argument("--clips", type=int, help="training clips (default: the set's own)")
     parser.add_argument("--test-clips", type=int, help="held-out clips (default: the set's own)")

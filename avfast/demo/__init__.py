@@ -5,7 +5,7 @@
     demo.scenes("test")[0].mask(0.5, (64, 64))
     demo.scenes("test")[0].waves().sources
 
-``python -m avfast.data.demo`` prints what chance, perfect knowledge and shortcuts reach on them.
+``python -m avfast.demo`` prints what chance, perfect knowledge and shortcuts reach on them.
 """
 
 from __future__ import annotations
