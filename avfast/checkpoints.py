@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avfast.nn import PackedBlock, sincos_2d
+from avfast.nn import PackedBlock, sincos
 from avfast.ops import AttentionPlan
 from avfast.weight_files import read
 
@@ -214,7 +214,7 @@ def _spectrogram_size(
     sizes = {(mels // patch, frames // patch): (frames, mels) for frames, mels in (wanted or released, released)}
     rows = released[1] // patch
     grids = [] if table.is_meta or dim % 4 else [(r, count // r) for r in range(1, count + 1) if count % r == 0]
-    grids = [grid for grid in grids if torch.allclose(table[0].float(), sincos_2d(dim, grid), atol=1e-4)]
+    grids = [grid for grid in grids if torch.allclose(table[0].float(), sincos(dim, grid), atol=1e-4)]
     grids = grids or [*reversed(sizes), (rows, count // rows)]
     for grid in grids:
         if grid[0] * grid[1] == count:

@@ -18,7 +18,7 @@ from released import Released
 from safetensors.torch import save_file
 
 from avfast import CAVMAE, AVSiam, DeepAVFusion, checkpoints
-from avfast.nn import sincos_2d
+from avfast.nn import sincos
 
 timm = pytest.importorskip("timm")
 VIT = "vit_tiny_patch16_224"
@@ -173,13 +173,13 @@ def test_positions_follow_the_sizes_that_are_asked_for(cav_mae_state, released_s
 
 
 def test_a_fixed_table_tells_its_grid_and_decoders_are_resized(cav_mae_state):
-    state = {**cav_mae_state, "pos_embed_a": sincos_2d(768, (4, 64))[None]}  # 64 mel bins
-    state["decoder_pos_embed_a"] = sincos_2d(512, (4, 64))[None]
+    state = {**cav_mae_state, "pos_embed_a": sincos(768, (4, 64))[None]}  # 64 mel bins
+    state["decoder_pos_embed_a"] = sincos(512, (4, 64))[None]
     model = CAVMAE.from_released(state)
     assert model.audio_size == (1024, 64)
     model = CAVMAE.from_released(state, audio_size=(256, 64), img_size=112).eval()
-    assert torch.equal(model.pos_embed_a[0], sincos_2d(768, (4, 16)))
-    assert torch.equal(model.decoder.pos_embed_a[0], sincos_2d(512, (4, 16)))
+    assert torch.equal(model.pos_embed_a[0], sincos(768, (4, 16)))
+    assert torch.equal(model.decoder.pos_embed_a[0], sincos(512, (4, 16)))
     out = model(torch.zeros(1, 256, 64), torch.zeros(1, 3, 112, 112))
     assert out.reconstruction["visual"].shape == (1, 49, 768)
 

@@ -309,8 +309,8 @@ def test_reconstructions_become_inputs_again():
     audio, visual = batch(2)
     perfect, wanted = {}, {}
     for name, inputs, patches in (
-        ("audio", audio, patchify(audio.mT[:, None], 8)),
-        ("visual", visual, patchify(visual, 8)),
+        ("audio", audio, patchify(audio.mT[:, None], (8, 8))),
+        ("visual", visual, patchify(visual, (8, 8))),
     ):
         if name == "visual":
             patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()

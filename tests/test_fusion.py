@@ -199,7 +199,7 @@ def test_a_decoder_puts_mask_tokens_where_nothing_was_kept():
     further, tokens = draw(2, 4), draw(4)
     kept = Kept.pack([torch.tensor([4]), torch.tensor([5, 0, 2])])
     plan = AttentionPlan.from_lengths((10, 10))
-    got = decoder(further, plan, tokens, kept.flat(6))
+    got = decoder(tokens, kept.flat(6), plan, further=further)
     for row, ids in enumerate(kept.to_list()):
         x = decoder.mask_token[0].expand(6, -1).clone()
         own = tokens[:3] if row else tokens[3:]
@@ -209,9 +209,9 @@ def test_a_decoder_puts_mask_tokens_where_nothing_was_kept():
         for layer in decoder.blocks:
             x = layer(x, AttentionPlan.from_lengths((10,)))
         assert_close("prediction", got[row], decoder.pred(decoder.norm(x))[4:], 1e-12)
-    blind = decoder(further, plan)
+    blind = decoder(None, None, plan, further=further)
     nowhere = torch.zeros(0, dtype=torch.int64)
-    assert_close("without tokens", blind, decoder(further, plan, draw(0), nowhere), 1e-12)
+    assert_close("without tokens", blind, decoder(draw(0), nowhere, plan, further=further), 1e-12)
     assert not decoder.pos_embed.requires_grad
     assert PatchDecoder(DIM, 16, 1, 2, (2, 3), 7, train_positions=True).pos_embed.requires_grad
 

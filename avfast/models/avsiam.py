@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from avfast import checkpoints
 from avfast.masking import Structure, check_ratio
 from avfast.models.masked_pair import MaskedPair, PairDraws
-from avfast.models.patched import init_weights, shared_plan
-from avfast.nn import JointDecoder, PackedBlock, sincos_2d
+from avfast.models.patched import embed_kept, init_weights, shared_plan
+from avfast.nn import JointDecoder, PackedBlock, positions
 from avfast.nn.norm import layer_norm
 from avfast.ops import AttentionPlan
 from avfast.released import avsiam
@@ -171,8 +171,8 @@ class AVSiam(MaskedPair):
         self.separate_mae_audio, self.joint_head = separate_mae_audio, joint_head
 
         embed, embed_a = self.patch_embed, self.patch_embed_a
-        self.pos_embed = nn.Parameter(sincos_2d(embed_dim, embed.grid_size)[None])
-        self.pos_embed_a = nn.Parameter(sincos_2d(embed_dim, embed_a.grid_size)[None])
+        self.pos_embed = positions(embed_dim, embed.grid_size, trained=True)
+        self.pos_embed_a = positions(embed_dim, embed_a.grid_size, trained=True)
         shape = (embed_dim, depth, num_heads, mlp_ratio)
         self.encoder = Encoder(*shape, norm_sets=2 if shared and not shared_norms else 1, eps=eps, norm_eps=norm_eps)
         self.encoder_a = None
@@ -180,10 +180,9 @@ class AVSiam(MaskedPair):
             self.encoder_a = Encoder(*shape, norm_sets=1, eps=eps, norm_eps=norm_eps)
         self.fusion = nn.ModuleList(PackedBlock(embed_dim, num_heads, mlp_ratio, eps=eps) for _ in range(fusion_depth))
         if decoder_depth:
-            values = [embed_a.patch_size**2, 3 * embed.patch_size**2]
             self.decoder = JointDecoder(
                 embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads,
-                embed_a.grid_size, embed.grid_size, values[0], values[1], mlp_ratio, eps,
+                (embed_a.grid_size, embed.grid_size), (embed_a.values, embed.values), mlp_ratio, eps,
             )  # fmt: skip
         self.apply(init_weights)
         self.copy_fusion()
@@ -210,8 +209,8 @@ class AVSiam(MaskedPair):
         kept_a, kept_v, plans = draws.audio_keep, draws.visual_keep, draws.plans
         cut = draws.only == "reconstruction" and self.stop_gradient
         with torch.no_grad() if cut else nullcontext():
-            a = self.patch_embed_a(audio, kept_a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][kept_a.ids]
-            v = self.patch_embed(visual, kept_v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][kept_v.ids]
+            a = embed_kept(self.patch_embed_a, self.pos_embed_a, audio, kept_a)
+            v = embed_kept(self.patch_embed, self.pos_embed, visual, kept_v)
             if self.double_embedding:
                 a, v = 2 * a, 2 * v
             if not self.shared or (self.separate_mae_audio and draws.only == "reconstruction"):

@@ -24,8 +24,8 @@ from avfast import checkpoints
 from avfast.masking import Structure
 from avfast.models import patched
 from avfast.models.masked_pair import MaskedPair, PairDraws
-from avfast.models.patched import init_weights, shared_plan
-from avfast.nn import JointDecoder, PackedBlock, SplitLayerNorm, sincos_2d
+from avfast.models.patched import embed_kept, init_weights, shared_plan
+from avfast.nn import JointDecoder, PackedBlock, SplitLayerNorm, positions
 from avfast.ops import AttentionPlan
 from avfast.released import cav_mae
 from avfast.tensors import float32_weights
@@ -104,8 +104,8 @@ class CAVMAE(MaskedPair):
         )
         self.contrastive_direction = contrastive_direction
         embed, embed_a = self.patch_embed, self.patch_embed_a
-        self.pos_embed = nn.Parameter(sincos_2d(embed_dim, embed.grid_size)[None], requires_grad=False)
-        self.pos_embed_a = nn.Parameter(sincos_2d(embed_dim, embed_a.grid_size)[None], requires_grad=False)
+        self.pos_embed = positions(embed_dim, embed.grid_size)
+        self.pos_embed_a = positions(embed_dim, embed_a.grid_size)
         self.modality_a = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.modality_v = nn.Parameter(torch.zeros(1, 1, embed_dim))
         nn.init.normal_(self.modality_a, std=0.02)
@@ -116,13 +116,11 @@ class CAVMAE(MaskedPair):
         self.blocks_u = nn.ModuleList(PackedBlock(**block, norm_sets=3) for _ in range(joint_depth))
         self.norm = SplitLayerNorm(embed_dim, 3, eps)
         if decoder_depth:
-            values = [embed_a.patch_size**2, 3 * embed.patch_size**2]
             self.decoder = JointDecoder(
                 embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads,
-                embed_a.grid_size, embed.grid_size, values[0], values[1], mlp_ratio, eps,
+                (embed_a.grid_size, embed.grid_size), (embed_a.values, embed.values), mlp_ratio, eps,
+                train_positions=False,
             )  # fmt: skip
-            self.decoder.pos_embed_a.requires_grad_(False)
-            self.decoder.pos_embed_v.requires_grad_(False)
         self.apply(init_weights)
         self.head = None
         if num_classes is not None:
@@ -130,8 +128,8 @@ class CAVMAE(MaskedPair):
 
     def unimodal(self, audio: Tensor, visual: Tensor, draws: PairDraws) -> tuple[Tensor, Tensor]:
         kept_a, kept_v, plans = draws.audio_keep, draws.visual_keep, draws.plans
-        a = self.patch_embed_a(audio, kept_a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][kept_a.ids]
-        v = self.patch_embed(visual, kept_v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][kept_v.ids]
+        a = embed_kept(self.patch_embed_a, self.pos_embed_a, audio, kept_a)
+        v = embed_kept(self.patch_embed, self.pos_embed, visual, kept_v)
         a = self.run_blocks(self.blocks_a, a + self.modality_a[0], plans["audio"])
         v = self.run_blocks(self.blocks_v, v + self.modality_v[0], plans["visual"])
         return a, v

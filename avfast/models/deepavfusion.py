@@ -55,12 +55,11 @@ from avfast.masking import Kept, check_ratio
 from avfast.models import patched
 from avfast.models.contract import Features, Figures, Output
 from avfast.models.fusion_draws import FusionDraws, attention_maps, fused_layers
-from avfast.models.patched import Keep, init_weights
-from avfast.nn import PackedBlock, PatchEmbed, sincos_2d
+from avfast.models.patched import Keep, embed_kept, init_weights
+from avfast.nn import PackedBlock, PatchDecoder, PatchEmbed, positions
 from avfast.nn.block import Read, add
 from avfast.nn.fusion import ContextBlock, FusionArch, FusionBlock, Pending, Residual
 from avfast.nn.norm import add_norm
-from avfast.nn.patch_decoder import PatchDecoder
 from avfast.released import deepavfusion
 from avfast.tensors import float32_weights
 
@@ -166,8 +165,8 @@ class DeepAVFusion(nn.Module):
 
         self.patch_embed = embed = PatchEmbed((img_size, img_size), patch_size, 3, embed_dim)
         self.patch_embed_a = embed_a = PatchEmbed((mels, frames), audio_patch_size or patch_size, 1, embed_dim)
-        self.pos_embed = nn.Parameter(sincos_2d(embed_dim, embed.grid_size)[None], requires_grad=False)
-        self.pos_embed_a = nn.Parameter(sincos_2d(embed_dim, embed_a.grid_size)[None], requires_grad=False)
+        self.pos_embed = positions(embed_dim, embed.grid_size)
+        self.pos_embed_a = positions(embed_dim, embed_a.grid_size)
         self.fusion_tokens = nn.Parameter(torch.zeros(1, sum(num_fusion_tokens), embed_dim))
         nn.init.normal_(self.fusion_tokens, std=0.02)
         self.blocks_a, self.blocks_v = (
@@ -187,10 +186,10 @@ class DeepAVFusion(nn.Module):
         self.fusion_norm = nn.LayerNorm(embed_dim, eps=FUSION_EPS)
         self.decoders = nn.ModuleDict()
         if decoder_depth:
-            for name, part, channels in (("audio", embed_a, 1), ("visual", embed, 3)):
+            for name, part in self.parts.items():
                 self.decoders[name] = PatchDecoder(
-                    embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads, part.grid_size,
-                    channels * part.patch_size**2, eps=FUSION_EPS, train_positions=train_decoder_positions,
+                    embed_dim, decoder_embed_dim, decoder_depth, decoder_num_heads, part.grid_size, part.values,
+                    eps=FUSION_EPS, train_positions=train_decoder_positions,
                 )  # fmt: skip
         self.apply(init_weights)
 
@@ -231,10 +230,9 @@ class DeepAVFusion(nn.Module):
 
     def embed(self, images: dict[str, Tensor], draws: FusionDraws) -> Streams:
         """What enters the first layer."""
-        a, v = draws.audio_keep, draws.visual_keep
-        audio = self.patch_embed_a(images["audio"], a.flat(self.patch_embed_a.num_patches)) + self.pos_embed_a[0][a.ids]
-        visual = self.patch_embed(images["visual"], v.flat(self.patch_embed.num_patches)) + self.pos_embed[0][v.ids]
-        return (audio, None), (visual, None), self.fusion_tokens.repeat(a.inverse.shape[0], 1, 1)
+        audio = embed_kept(self.patch_embed_a, self.pos_embed_a, images["audio"], draws.audio_keep)
+        visual = embed_kept(self.patch_embed, self.pos_embed, images["visual"], draws.visual_keep)
+        return (audio, None), (visual, None), self.fusion_tokens.repeat(draws.instances.shape[0], 1, 1)
 
     def layer(self, index: int, a: Pending, v: Pending, tokens: Tensor, draws: FusionDraws) -> Streams:
         """One layer of all streams (Eqs. 1-3)."""
@@ -310,7 +308,7 @@ class DeepAVFusion(nn.Module):
                 rows, entries[name] = draws.masked(places, count)
                 read = Read(rows, plans[f"read_{name}"])
             seen = (None, None) if visible[name] is None else (visible[name], places)
-            patches = self.decoders[name](tokens, plans[name], *seen, read)
+            patches = self.decoders[name](*seen, plans[name], read, further=tokens)
             predicted[name] = patches if alone else draws.batch_order(patches)
         losses = patched.reconstruction_losses(predicted, entries, images, self.parts, draws, self.normalised)
         loss = losses["reconstruction_audio"] + losses["reconstruction_visual"]

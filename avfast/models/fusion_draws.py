@@ -13,7 +13,6 @@ from avfast.models.contract import AttentionMaps
 from avfast.models.patched import KeptDraws, longest_first, present_index, shared_plan
 from avfast.nn import PatchEmbed
 from avfast.nn.fusion import TokenLayout
-from avfast.ops import AttentionPlan
 from avfast.packing import other_rows
 from avfast.tensors import tensor_cache
 
@@ -60,7 +59,6 @@ class FusionDraws(KeptDraws):
 
     context: int
     tokens: dict[str, TokenLayout] | None = field(default=None, compare=False)
-    plans: dict[str, AttentionPlan] | None = field(default=None, compare=False)
 
     @classmethod
     def of(

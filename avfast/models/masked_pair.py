@@ -48,7 +48,6 @@ class PairDraws(KeptDraws):
     back: Tensor
     places: Tensor
     pairs: Tensor | None
-    plans: dict[str, AttentionPlan] | None = field(default=None, compare=False)
 
     @classmethod
     def of(

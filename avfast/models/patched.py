@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from avfast.masking import Kept, Structure, keep_patches
 from avfast.models.contract import Draws, Features, Reconstruction
 from avfast.nn import PatchEmbed, patchify, unpatchify
+from avfast.nn.patches import Positions, table
 from avfast.ops import AttentionPlan, masked_patch_mse
 from avfast.ops.masked_patch_mse import normalise_patches
 from avfast.packing import PackedTokens
@@ -29,7 +30,7 @@ Images = Mapping[str, Tensor]
 
 def init_weights(module: nn.Module) -> None:
     """Xavier-uniform linear and patch projections, zero biases (He et al., Masked Autoencoders, released code)."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -82,6 +83,11 @@ def images(audio: Tensor | None, visual: Tensor | None, audio_size: tuple[int, i
     return {"audio": audio.transpose(1, 2).unsqueeze(1), "visual": visual}
 
 
+def embed_kept(embed: PatchEmbed, positions: Positions, x: Tensor, kept: Kept) -> Tensor:
+    """Tokens ``(T, D)`` of the kept patches of an input, with their positions; the others are not embedded."""
+    return embed(x, kept.flat(embed.num_patches)) + table(positions)[0][kept.ids]
+
+
 # Draws.
 
 
@@ -97,6 +103,7 @@ class KeptDraws(Draws):
         present_audio: ``(B,)`` 1 where an instance has audio; None for all.
         present_visual: likewise.
         equal: all instances keep the same number of audio and the same number of visual patches.
+        plans: attention plans of the lengths, by name, once on a device.
     """
 
     audio_keep: Kept
@@ -106,6 +113,7 @@ class KeptDraws(Draws):
     present_audio: Tensor | None
     present_visual: Tensor | None
     equal: bool
+    plans: dict[str, AttentionPlan] | None = field(default=None, compare=False, kw_only=True)
 
     def sides(self) -> tuple[tuple[str, Kept, int, Tensor | None], ...]:
         """Of each modality its name, kept patches, number of all patches, and which instances have it."""
@@ -117,8 +125,34 @@ class KeptDraws(Draws):
         return x if self.equal else x[self.instances.argsort()]
 
 
+D = TypeVar("D", bound=KeptDraws)
+D_co = TypeVar("D_co", bound=KeptDraws, covariant=True)
+
+
+class Patched(Protocol[D_co]):
+    """What the functions here ask of a model."""
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The forward passes of a step."""
+
+    @property
+    def parts(self) -> dict[str, PatchEmbed]:
+        """The patch embeddings by modality."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None, **given: Any) -> D_co:
+        """Every random choice of a pass, see :func:`draw`."""
+
+    def packed(self, only: str, audio: Kept, visual: Kept, *present: Sequence[bool]) -> D_co:
+        """The draws of kept patches; per instance whether it has audio and visual, default all."""
+
+
 def draw(
-    model: Any,
+    model: Patched[D],
     batch_size: int,
     generator: torch.Generator | None = None,
     *,
@@ -130,11 +164,11 @@ def draw(
     visual_keep: Keep | None = None,
     has_audio: Iterable[bool] | None = None,
     has_visual: Iterable[bool] | None = None,
-) -> Any:
+) -> D:
     """Every random choice of a pass; what is given is not drawn.
 
     Args:
-        model: with ``parts``, ``passes`` and ``packed``.
+        model: whose draws.
         batch_size: instances on this process.
         generator: seeds a stand-alone draw; default torch's global generator.
         ratios: by key and pass, the (audio, visual) share of masked patches of each instance.
@@ -186,13 +220,13 @@ def as_kept(name: str, keep: Keep, num_patches: int, batch_size: int, present: S
 
 @untraced
 def undrawn(
-    model: Any,
+    model: Patched[D],
     batch_size: int,
     audio: Tensor | None,
     visual: Tensor | None,
     audio_keep: Keep | None = None,
     visual_keep: Keep | None = None,
-) -> Any:
+) -> D:
     """Draws that keep what is given, default all patches of the inputs, on the inputs' device."""
     kept = []
     for name, x, keep in (("audio", audio, audio_keep), ("visual", visual, visual_keep)):
@@ -201,10 +235,11 @@ def undrawn(
             kept.append(Kept.all(batch_size, 0 if x is None else count))
         else:
             kept.append(as_kept(name, keep, count, batch_size, (True,) * batch_size))
-    return model.packed("joint", *kept).to((visual if audio is None else audio).device)
+    given = visual if audio is None else audio
+    return model.packed("joint", *kept).to(model.device if given is None else given.device)
 
 
-def placed(model: Any, draws: Any, batch_size: int, given: tuple[bool, bool]) -> Any:
+def placed(model: Patched[D], draws: D | None, batch_size: int, given: tuple[bool, bool]) -> D:
     """Draws for a batch of which audio and visual are given or not, with plans on the model's device; None are drawn.
 
     Raises:
@@ -216,14 +251,14 @@ def placed(model: Any, draws: Any, batch_size: int, given: tuple[bool, bool]) ->
 
 
 @untraced
-def _place(model: Any, draws: Any, batch_size: int, given: tuple[bool, bool]) -> Any:
+def _place(model: Patched[D], draws: D | None, batch_size: int, given: tuple[bool, bool]) -> D:
     if draws is None:
         has_a, has_v = (None if has else (False,) * batch_size for has in given)
         draws = model.draw(batch_size, has_audio=has_a, has_visual=has_v)
     return _checked(draws, batch_size, given).to(model.device)
 
 
-def _checked(draws: Any, batch_size: int, given: tuple[bool, bool]) -> Any:
+def _checked(draws: D, batch_size: int, given: tuple[bool, bool]) -> D:
     if (instances := draws.instances.shape[0]) != batch_size:
         raise ValueError(f"draws are of {instances} instances, the batch has {batch_size}")
     for has, (name, kept, *_) in zip(given, draws.sides(), strict=True):

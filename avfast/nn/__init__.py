@@ -1,17 +1,16 @@
 """Modules over :mod:`avfast.ops`, with timm's argument and parameter names."""
 
 from avfast.nn.block import Mlp, PackedAttention, PackedBlock, run_blocks
-from avfast.nn.decoder import JointDecoder
+from avfast.nn.decoder import Decoder, JointDecoder, PatchDecoder, SelfBlocks
 from avfast.nn.drop_path import DropPath, KeptSequences
 from avfast.nn.fusion import ContextBlock, CrossAttention, FusionBlock, PairAttention, TokenLayout
 from avfast.nn.norm import SplitLayerNorm
-from avfast.nn.patch_decoder import PatchDecoder
-from avfast.nn.patch_embed import PatchEmbed, patchify, unpatchify
-from avfast.nn.pos_embed import sincos_2d
+from avfast.nn.patches import PatchEmbed, SpaceTimePositions, patchify, positions, sincos, unpatchify
 
 __all__ = [
     "ContextBlock",
     "CrossAttention",
+    "Decoder",
     "DropPath",
     "FusionBlock",
     "JointDecoder",
@@ -22,10 +21,13 @@ __all__ = [
     "PairAttention",
     "PatchDecoder",
     "PatchEmbed",
+    "SelfBlocks",
+    "SpaceTimePositions",
     "SplitLayerNorm",
     "TokenLayout",
     "patchify",
+    "positions",
     "run_blocks",
-    "sincos_2d",
+    "sincos",
     "unpatchify",
 ]

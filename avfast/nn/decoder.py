@@ -1,33 +1,136 @@
-"""The joint audio-visual decoder of CAV-MAE and AVSiam."""
+"""Decoders of masked autoencoders: one stem, and the stack of blocks that it is given.
+
+The stem embeds the tokens of the kept patches, lets mask tokens (or given ones, such as diffused patches) stand in for
+the others, adds positions, and predicts from the stack's output. A *stack* is a module that holds its blocks by number,
+is built as ``stack(dim, depth, num_heads, mlp_ratio, eps)`` and called as :meth:`SelfBlocks.forward`; what else it
+needs (a grid, a window) is bound by :func:`functools.partial`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from avfast.nn.block import PackedBlock, Read, run_blocks
-from avfast.nn.pos_embed import sincos_2d
+from avfast.nn.norm import Norm
+from avfast.nn.patches import positions, table
 from avfast.ops import AttentionPlan
 from avfast.packing import take_rows
 
+Stack = Callable[[int, int, int, float, float], nn.Module]
+"""What builds a stack, see above."""
+Masked = tuple[Tensor, Tensor]
+"""Tokens ``(M, d)`` of patches that were not kept, in the decoder's width, and their ``(M,)`` int64 entries in the
+flattened (B, N) patches."""
 
-class JointDecoder(nn.Module):
-    """Predicts the patches of both modalities from the fused tokens of the kept ones.
 
-    A mask token stands in for every patch that was not kept; positions and a vector per modality are added; dense
-    transformer blocks run over all audio and visual positions of an instance together.
+class SelfBlocks(nn.ModuleList):
+    """The stack in which all tokens of an instance attend to each other.
+
+    Args:
+        dim: d.
+        depth: blocks.
+        num_heads: heads of a block.
+        mlp_ratio: of the blocks.
+        eps: of their LayerNorms.
+    """
+
+    def __init__(self, dim: int, depth: int, num_heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6) -> None:
+        super().__init__(PackedBlock(dim, num_heads, mlp_ratio, eps=eps) for _ in range(depth))
+
+    def forward(
+        self,
+        x: Tensor,
+        plan: AttentionPlan,
+        places: Tensor | None,
+        read: Read | None,
+        norm: Norm,
+        recompute: bool,
+    ) -> Tensor:
+        """All blocks and the final norm.
+
+        Args:
+            x: ``(B * n, d)``, every instance's tokens with their positions.
+            plan: of B sequences of n tokens.
+            places: ``(T,)`` int64 rows of the kept patches, which a stack may treat unlike the others; None for none.
+            read: the M rows whose output is wanted; default all.
+            norm: the final one.
+            recompute: keep one tensor per block for the backward and compute the rest again.
+
+        Returns:
+            ``(B * n, d)``, or ``(M, d)``.
+        """
+        return run_blocks(list(self), x, plan, recompute=recompute, norm=norm, read=read)
+
+
+class Decoder(nn.Module):
+    """The stem; a subclass adds positions, ``blocks`` (a stack), the final ``norm`` and heads, in this order.
 
     Args:
         dim: width of the incoming tokens.
-        decoder_dim: width of the decoder.
+        decoder_dim: width of the decoder, d.
+        mask_token: whether there is one; without it all masked tokens that are read must be given.
+    """
+
+    blocks: nn.Module
+    norm: nn.LayerNorm
+
+    def __init__(self, dim: int, decoder_dim: int, mask_token: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim)) if mask_token else None
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+        self.grad_checkpointing = False
+
+    def whole(
+        self, embedded: Tensor, places: Tensor | None, shape: tuple[int, int], masked: Masked | None = None
+    ) -> Tensor:
+        """All patches of all instances.
+
+        Args:
+            embedded: ``(T, d)`` of the kept ones.
+            places: ``(T,)`` int64 entry of each in the flattened (B, N) patches; None if there are none.
+            shape: (B, N).
+            masked: tokens that are put in place of mask tokens.
+
+        Returns:
+            ``(B, N, d)``; what is not given is the mask token, or 0 in a decoder without one.
+        """
+        if self.mask_token is None:
+            x = embedded.new_zeros(*shape, embedded.shape[1])
+        else:
+            x = self.mask_token.to(embedded.dtype).expand(*shape, -1)
+        for tokens, entries in ((embedded, places), masked or (embedded, None)):
+            if entries is not None:
+                x = x.flatten(0, 1).index_copy(0, entries, tokens.to(x.dtype)).unflatten(0, shape)
+        return x
+
+    def run(self, x: Tensor, plan: AttentionPlan, places: Tensor | None, read: Read | None) -> Tensor:
+        """``(B, n, d)`` through stack and final norm, to ``(B, n, d)``, or ``(M, d)`` of the rows that are read."""
+        out = self.blocks(x.flatten(0, 1), plan, places, read, self.norm, self.grad_checkpointing)
+        return out.unflatten(0, x.shape[:2]) if read is None else out
+
+
+class PatchDecoder(Decoder):
+    """Predicts the patches of one modality from the tokens of the kept ones and, in front of them, from further tokens.
+
+    Further tokens have no positions; one linear map embeds both kinds.
+
+    Args:
+        dim: width of the incoming tokens.
+        decoder_dim: width of the decoder, d.
         depth: blocks.
         num_heads: heads of a block.
-        audio_grid: (frequency, time) patches.
-        visual_grid: (rows, columns) patches.
-        audio_patch: values per audio patch.
-        visual_patch: values per visual patch.
+        grid: patches along each axis, N in all.
+        values: per patch, P.
         mlp_ratio: of the blocks.
         eps: of the LayerNorms.
+        train_positions: the sine-cosine position table is trained.
+        mask_token: False if the tokens of masked patches are always given.
+        stack: builds the blocks, see the head of this file.
     """
 
     def __init__(
@@ -36,30 +139,94 @@ class JointDecoder(nn.Module):
         decoder_dim: int,
         depth: int,
         num_heads: int,
-        audio_grid: tuple[int, int],
-        visual_grid: tuple[int, int],
-        audio_patch: int,
-        visual_patch: int,
+        grid: Sequence[int],
+        values: int,
         mlp_ratio: float = 4.0,
         eps: float = 1e-6,
+        train_positions: bool = False,
+        mask_token: bool = True,
+        stack: Stack = SelfBlocks,
     ) -> None:
-        super().__init__()
-        self.num_audio, self.num_visual = audio_grid[0] * audio_grid[1], visual_grid[0] * visual_grid[1]
-        self.embed = nn.Linear(dim, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.modality_a = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.modality_v = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        for vector in (self.mask_token, self.modality_a, self.modality_v):
-            nn.init.normal_(vector, std=0.02)
-        self.pos_embed_a = nn.Parameter(sincos_2d(decoder_dim, audio_grid)[None])
-        self.pos_embed_v = nn.Parameter(sincos_2d(decoder_dim, visual_grid)[None])
-        self.blocks = nn.ModuleList(
-            PackedBlock(decoder_dim, num_heads, mlp_ratio, qkv_bias=True, eps=eps) for _ in range(depth)
-        )
+        super().__init__(dim, decoder_dim, mask_token)
+        self.pos_embed = positions(decoder_dim, grid, train_positions)
+        self.blocks = stack(decoder_dim, depth, num_heads, mlp_ratio, eps)
         self.norm = nn.LayerNorm(decoder_dim, eps=eps)
-        self.grad_checkpointing = False
-        self.pred_a = nn.Linear(decoder_dim, audio_patch)
-        self.pred_v = nn.Linear(decoder_dim, visual_patch)
+        self.pred = nn.Linear(decoder_dim, values)
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        places: Tensor | None,
+        plan: AttentionPlan,
+        read: Read | None = None,
+        *,
+        masked: Masked | None = None,
+        further: Tensor | None = None,
+    ) -> Tensor:
+        """Decode.
+
+        Args:
+            tokens: ``(T, D)`` of the kept patches; may be None where there are further ones.
+            places: ``(T,)`` int64 entry of each in the flattened (B, N) patches.
+            plan: B sequences of F + N tokens.
+            read: the M tokens, rows of the flattened (B, F + N) ones, whose prediction is wanted; default all patches.
+            masked: tokens that are put in place of mask tokens, such as embedded diffused patches.
+            further: ``(B, F, D)``, default none.
+
+        Returns:
+            ``(B, N, P)`` predictions for all patches, or ``(M, P)``.
+        """
+        front = 0 if further is None else further.shape[1]
+        given = [x for x in (None if further is None else further.flatten(0, 1), tokens) if x is not None]
+        embedded = self.embed(torch.cat(given) if len(given) > 1 else given[0])
+        where = table(self.pos_embed)
+        batch = len(plan)
+        x = self.whole(embedded[batch * front :], places, (batch, where.shape[1]), masked) + where
+        if front:
+            x = torch.cat([embedded[: batch * front].unflatten(0, (batch, front)), x], 1)
+        x = self.run(x, plan, places, read)
+        return self.pred(x if read is not None or not front else x[:, front:])
+
+
+class JointDecoder(Decoder):
+    """Predicts the patches of both modalities from the fused tokens of the kept ones, all in one sequence.
+
+    Positions and a vector per modality are added to all.
+
+    Args:
+        dim: width of the incoming tokens.
+        decoder_dim: width of the decoder, d.
+        depth: blocks.
+        num_heads: heads of a block.
+        grids: of audio and of visual patches, Na and Nv in all.
+        values: per audio and per visual patch.
+        mlp_ratio: of the blocks.
+        eps: of the LayerNorms.
+        train_positions: the sine-cosine position tables are trained.
+        stack: builds the blocks, see the head of this file.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        decoder_dim: int,
+        depth: int,
+        num_heads: int,
+        grids: tuple[Sequence[int], Sequence[int]],
+        values: tuple[int, int],
+        mlp_ratio: float = 4.0,
+        eps: float = 1e-6,
+        train_positions: bool = True,
+        stack: Stack = SelfBlocks,
+    ) -> None:
+        super().__init__(dim, decoder_dim)
+        self.modality_a, self.modality_v = (nn.Parameter(torch.zeros(1, 1, decoder_dim)) for _ in range(2))
+        for vector in (self.modality_a, self.modality_v):
+            nn.init.normal_(vector, std=0.02)
+        self.pos_embed_a, self.pos_embed_v = (positions(decoder_dim, grid, train_positions) for grid in grids)
+        self.blocks = stack(decoder_dim, depth, num_heads, mlp_ratio, eps)
+        self.norm = nn.LayerNorm(decoder_dim, eps=eps)
+        self.pred_a, self.pred_v = (nn.Linear(decoder_dim, n) for n in values)
 
     def forward(
         self,
@@ -82,13 +249,9 @@ class JointDecoder(nn.Module):
             Predictions ``(B, Na, Pa)`` and ``(B, Nv, Pv)`` for all patches, ``(Ma, Pa)`` and ``(Mv, Pv)`` for those
             that are read.
         """
-        shape = (len(plan), self.num_audio + self.num_visual)
-        tokens = self.embed(tokens)
-        x = self.mask_token.to(tokens.dtype).expand(*shape, -1).flatten(0, 1).index_copy(0, places, tokens)
-        positions = torch.cat([self.pos_embed_a + self.modality_a, self.pos_embed_v + self.modality_v], 1)
-        x = (x.unflatten(0, shape) + positions).flatten(0, 1)
-        x = run_blocks(self.blocks, x, plan, recompute=self.grad_checkpointing, norm=self.norm, read=read)
+        audio, visual = table(self.pos_embed_a), table(self.pos_embed_v)
+        where = torch.cat([audio + self.modality_a, visual + self.modality_v], 1)
+        x = self.run(self.whole(self.embed(tokens), places, (len(plan), where.shape[1])) + where, plan, places, read)
         if rows is not None:
             return self.pred_a(take_rows(x, rows[0])), self.pred_v(take_rows(x, rows[1]))
-        x = x.unflatten(0, shape)
-        return self.pred_a(x[:, : self.num_audio]), self.pred_v(x[:, self.num_audio :])
+        return self.pred_a(x[:, : audio.shape[1]]), self.pred_v(x[:, audio.shape[1] :])
