@@ -228,12 +228,6 @@ class DeepAVFusion(nn.Module):
 
     # Encoder.
 
-    def embed(self, images: dict[str, Tensor], draws: FusionDraws) -> Streams:
-        """What enters the first layer."""
-        audio = embed_kept(self.patch_embed_a, self.pos_embed_a, images["audio"], draws.audio_keep)
-        visual = embed_kept(self.patch_embed, self.pos_embed, images["visual"], draws.visual_keep)
-        return (audio, None), (visual, None), self.fusion_tokens.repeat(draws.instances.shape[0], 1, 1)
-
     def layer(self, index: int, a: Pending, v: Pending, tokens: Tensor, draws: FusionDraws) -> Streams:
         """One layer of all streams (Eqs. 1-3)."""
         if index not in self.fusion_layers:
@@ -254,16 +248,16 @@ class DeepAVFusion(nn.Module):
 
     def run(self, images: dict[str, Tensor], draws: FusionDraws, keep: list[Streams] | None = None) -> Streams:
         """All layers; ``keep`` collects the streams before the first and after every one."""
-        streams = self.embed(images, draws)
+        audio = embed_kept(self.patch_embed_a, self.pos_embed_a, images["audio"], draws.audio_keep)
+        visual = embed_kept(self.patch_embed, self.pos_embed, images["visual"], draws.visual_keep)
+        streams: Streams = (audio, None), (visual, None), self.fusion_tokens.repeat(draws.instances.shape[0], 1, 1)
         for index in range(len(self.blocks_a)):
             if keep is not None:
                 keep.append(streams)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 a, v, tokens = streams
-                whole: tuple[Pending, Pending] = (add(*a), None), (add(*v), None)
-                streams = checkpoint(
-                    self.layer, index, *whole, tokens, draws, use_reentrant=False, preserve_rng_state=False
-                )
+                whole = (add(*a), None), (add(*v), None), tokens
+                streams = checkpoint(self.layer, index, *whole, draws, use_reentrant=False, preserve_rng_state=False)
             else:
                 streams = self.layer(index, *streams, draws)
         if keep is not None:
@@ -299,7 +293,7 @@ class DeepAVFusion(nn.Module):
             visible: dict[str, Tensor | None] = {"audio": a, "visual": v}
         else:
             visible, tokens = {"audio": None, "visual": None}, self.fusion_norm(streams[2])
-        predicted, entries, plans = {}, {}, cast(dict, draws.plans)
+        predicted, entries, plans = {}, {}, draws.plans
         # in training the loss alone reads the predictions, and of the masked patches alone
         alone = self.training and "read_audio" in plans and "read_visual" in plans
         for name, kept, count, _ in draws.sides():
