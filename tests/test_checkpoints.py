@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from avfast import CAVMAE, AVSiam, DeepAVFusion, checkpoints
 from avfast.nn import sincos
+from avfast.released.vit import ast_encoder
 
 timm = pytest.importorskip("timm")
 VIT = "vit_tiny_patch16_224"
@@ -258,7 +259,7 @@ def test_an_ast_checkpoint_starts_the_shared_encoder():
     table = torch.stack([row.flatten(), column.flatten()], 1)[None].repeat(1, 1, 96)
     state["v.pos_embed"] = torch.cat([torch.full((1, 2, 192), 1e6), table], 1)  # two class tokens
     model = AVSiam.from_timm(VIT, pretrained=False, **{**SETTINGS, "audio_size": (512, 128)})
-    model.load_vit(checkpoints.ast(state))
+    model.load_vit(ast_encoder(state))
     kernel = state["v.patch_embed.proj.weight"]
     assert torch.equal(model.patch_embed_a.proj.weight, kernel)
     found = model.pos_embed_a[0, :, :2].view(8, 32, 2)
@@ -270,7 +271,7 @@ def test_an_ast_checkpoint_starts_the_shared_encoder():
     assert (found.diff(dim=0)[..., 0] > 0).all() and (found.diff(dim=1)[..., 1] > 0).all()
     assert_close("visual kernel", model.patch_embed.proj.weight.sum(1, keepdim=True), kernel, 1e-6)
     with pytest.raises(ValueError, match="unknown keys"):
-        checkpoints.ast({"w.blocks": torch.zeros(1)})
+        ast_encoder({"w.blocks": torch.zeros(1)})
 
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64, "num_classes": 0}

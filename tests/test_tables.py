@@ -268,7 +268,7 @@ def test_deepavfusion_starts_from_masked_autoencoders(tmp_path, monkeypatch):
     vit = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 0, "global_pool": "token"}
     image = timm.models.VisionTransformer(img_size=64, **vit)
     audio = timm.models.VisionTransformer(img_size=64, in_chans=1, **vit)
-    monkeypatch.setattr("avfast.checkpoints.timm_vit", lambda name, pretrained, size: image)
+    monkeypatch.setattr("avfast.released.vit.timm_vit", lambda name, pretrained, size: image)
     torch.save({"model": audio.state_dict() | {"decoder_pred.weight": torch.ones(2, 2)}}, tmp_path / "audiomae.pth")
     config = Config(
         model="deepavfusion_tiny", model_args=settings, timm="vit", init_audio=str(tmp_path / "audiomae.pth")

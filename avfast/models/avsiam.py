@@ -53,6 +53,7 @@ from avfast.nn import JointDecoder, PackedBlock, positions
 from avfast.nn.norm import layer_norm
 from avfast.ops import AttentionPlan
 from avfast.released import avsiam
+from avfast.released.vit import ast_encoder, plain_vit, timm_vit, vit_grid, vit_settings
 from avfast.tensors import float32_weights
 
 
@@ -291,8 +292,8 @@ class AVSiam(MaskedPair):
             ImportError: without timm.
             ValueError: if the model is no plain ViT, or does not fit the settings, for example in its patch size.
         """
-        vit = checkpoints.timm_vit(name, pretrained, settings.get("img_size"))
-        model = cls(**{**checkpoints.vit_settings(vit), **settings})
+        vit = timm_vit(name, pretrained, settings.get("img_size"))
+        model = cls(**{**vit_settings(vit), **settings})
         with checkpoints.naming(name):
             model.load_vit(vit.state_dict())
         return model
@@ -309,26 +310,26 @@ class AVSiam(MaskedPair):
         if image is not None:
             self.load_vit(checkpoints.load(image))
         if spectrogram is not None:
-            self.load_vit(checkpoints.ast(checkpoints.load(spectrogram)))
+            self.load_vit(ast_encoder(checkpoints.load(spectrogram)))
 
     @torch.no_grad()
     def load_vit(self, state: Mapping[str, Tensor]) -> None:
         """Take encoder weights from a ViT's state dict (timm's names) and restart what derives from them.
 
         Class, distillation and register tokens are left out and LayerScale goes into the weights, see
-        :func:`avfast.checkpoints.plain_vit`. Positions of another grid are resized as a grid, bilinearly; those of an
+        :func:`avfast.released.vit.plain_vit`. Positions of another grid are resized as a grid, bilinearly; those of an
         image start audio's as in :meth:`from_timm`. A one-channel patch kernel is a spectrogram transformer's (AST): it
         is spread over RGB for frames, and audio takes the positions of as many frames as it has.
 
         Raises:
             ValueError: for another architecture, patch size or width, listing keys or shapes.
         """
-        weights = checkpoints.plain_vit(state)
+        weights = plain_vit(state)
         if "pos_embed" not in weights:
             raise ValueError("no plain Vision Transformer: it has no pos_embed")
         kernel, positions = weights.pop("patch_embed.proj.weight"), weights.pop("pos_embed")
         bias, audio = weights.pop("patch_embed.proj.bias"), kernel.shape[1] == 1
-        grid = cast(tuple[int, int], checkpoints.vit_grid(positions.shape[1], audio))
+        grid = cast(tuple[int, int], vit_grid(positions.shape[1], audio))
         loaded = {
             "patch_embed.proj.weight": kernel.expand(-1, 3, -1, -1) / 3 if audio else kernel,
             "patch_embed_a.proj.weight": kernel.mean(1, keepdim=True),

@@ -61,6 +61,7 @@ from avfast.nn.block import Read, add
 from avfast.nn.fusion import ContextBlock, FusionArch, FusionBlock, Pending, Residual
 from avfast.nn.norm import add_norm
 from avfast.released import deepavfusion
+from avfast.released.vit import load_mae
 from avfast.tensors import float32_weights
 
 if TYPE_CHECKING:
@@ -426,9 +427,9 @@ class DeepAVFusion(nn.Module):
             ValueError: listing keys or shapes that do not fit.
         """
         if image is not None:
-            checkpoints.load_mae(image, self.blocks_v, self.norm_v, self.patch_embed)
+            load_mae(image, self.blocks_v, self.norm_v, self.patch_embed)
         if audio is not None:
-            checkpoints.load_mae(audio, self.blocks_a, self.norm_a, self.patch_embed_a, transposed=True)
+            load_mae(audio, self.blocks_a, self.norm_a, self.patch_embed_a, transposed=True)
 
     @classmethod
     def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> DeepAVFusion:

@@ -15,11 +15,11 @@ from avfast.checkpoints import (
     listed,
     mlp_ratio,
     num_heads,
-    patch_positions,
     rename,
     stack_norms,
 )
 from avfast.released.cav_mae import DECODER
+from avfast.released.vit import patch_positions
 
 
 def convert(state: Mapping[str, Tensor], **overrides: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -145,7 +145,7 @@ def whole_model(trainer: Trainer) -> nn.Module:
 
 def start_from_file(model: nn.Module, config: Config, flag: str) -> None:
     """Takes an encoder's weights from elsewhere: ``timm``, ``init_ast`` or ``init_audio``."""
-    from avfast import checkpoints
+    from avfast.released.vit import timm_vit
 
     given, source = getattr(config, flag), SOURCES[flag]
     if source not in model.sources:
@@ -154,7 +154,7 @@ def start_from_file(model: nn.Module, config: Config, flag: str) -> None:
     try:
         weights = given
         if flag == "timm":
-            weights = checkpoints.timm_vit(given, True, model.frontend.image_size).state_dict()
+            weights = timm_vit(given, True, model.frontend.image_size).state_dict()
         model.load_pretrained(**{source: weights})
     except Exception as error:  # timm, its download client and the readers of files raise many kinds
         reason = " ".join(str(error).split())[:300]
