@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from media_files import CLICK, grey, level, rotate_header, shown, tone, write
+from media_files import CLICK, grey, rotate_header, shown, tone, write
 
-from avfast.data.augment import eval_crop, random_crop_box, train_crop
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.clips import (
     BadFiles,
@@ -317,37 +316,6 @@ def test_frames_of_the_field(tmp_path: Path) -> None:
     assert isinstance(gone[0, 0, 0], Failure) and gone[0, 0, 0].path.endswith("frame_0/y.jpg")
     (tmp_path / "frame_0" / "y.jpg").write_bytes(b"no jpeg")
     assert "y.jpg" in gone[0, 0, 0].path and "cannot identify" in gone[0, 0, 0].reason
-
-
-# -- crops ----------------------------------------------------------------------------------------------------------
-
-
-def test_crop_boxes() -> None:
-    rng = np.random.default_rng(0)
-    boxes = [random_crop_box(90, 160, rng, (0.2, 0.6)) for _ in range(500)]
-    areas, aspects = zip(*[(h * w / 14400, w / h) for _, _, h, w in boxes], strict=True)
-    assert all(0 <= t <= 90 - h and 0 <= x <= 160 - w for t, x, h, w in boxes)
-    assert 0.19 < min(areas) < 0.22 and 0.57 < max(areas) < 0.61
-    assert 0.7 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.4
-    assert random_crop_box(10, 400, rng, (0.9, 1.0)) == (0, 193, 10, 13)  # none fits: the middle
-
-
-def test_crops() -> None:
-    ramp = torch.arange(64, dtype=torch.uint8).mul(4).expand(2, 3, 48, 64)  # brighter to the right
-    flips, spans = set(), []
-    for seed in range(20):
-        out = train_crop(ramp, 24, np.random.default_rng(seed), scale=(0.3, 0.5))
-        assert out.shape == (2, 3, 24, 24) and out.dtype == torch.uint8 and torch.equal(out[0], out[1])
-        steps = out[0, 0, 12].int().diff()
-        assert (steps >= 0).all() or (steps <= 0).all()
-        flips.add(bool(out[0, 0, 0, 0] > out[0, 0, 0, -1]))
-        spans.append(abs(int(out[0, 0, 0, 0]) - int(out[0, 0, 0, -1])) / 4)
-    assert flips == {True, False} and 24 < min(spans) and max(spans) < 46
-    centre = eval_crop(ramp, 24)
-    assert centre.shape == (2, 3, 24, 24)
-    assert centre[0, 0, 0, 0].item() / 4 == pytest.approx(8, abs=1.5)
-    assert centre[0, 0, 0, -1].item() / 4 == pytest.approx(55, abs=1.5)
-    assert eval_crop(torch.full((1, 3, 7, 5), level(3), dtype=torch.uint8), 24).unique().tolist() == [level(3)]
 
 
 # -- sampling -------------------------------------------------------------------------------------------------------
