@@ -423,7 +423,7 @@ def test_wrong_arguments_are_named(small):
 
 def test_ceilings(scenes):
     ceilings = class_ceilings([replace(s, sources=(replace(s.sources[0], on_screen=True),)) for s in scenes])
-    assert ceilings == {"chance": 1 / 32, "picture alone": 0.5, "sound alone": 0.5, "both": 1.0}
+    assert ceilings == {"chance": 1 / 32, "visual alone": 0.5, "audio alone": 0.5, "both": 1.0}
     assert class_ceilings(scenes)["both"] == pytest.approx(0.975)
 
 
@@ -443,4 +443,4 @@ def test_clips_can_be_learned_from_but_not_by_shortcuts(small, monkeypatch):
     assert score(explained, "spectrum", "loudness") > 0.8
     assert score(accuracy, "pixels", "articulation") < 0.7 and score(accuracy, "spectrum", "colour") < 0.7
     text = report(small)
-    assert "knowing the instrument" in text and "picture alone" in text and "mean colour <-> loudness" in text
+    assert "knowing the instrument" in text and "visual alone" in text and "mean colour <-> loudness" in text

@@ -194,7 +194,7 @@ def test_a_film_and_a_sound_of_one_name_are_one_clip(tmp_path: Path) -> None:
         (here + "c/3.wav", None),
     ]
     assert [clip.id for clip in clips.clips][:2] == ["4", "a/1"]
-    assert clips.notes == (f"{tmp_path}: the sound of 4.webm is taken from 4.m4a and 1 more, by name",)
+    assert clips.notes == (f"{tmp_path}: the audio of 4.webm is taken from 4.m4a and 1 more, by name",)
 
 
 def test_a_single_file(tmp_path: Path, classes: Path) -> None:

@@ -337,7 +337,7 @@ def test_sound_that_is_not_finite(tmp_path: Path) -> None:
     samples = tone(1.0, 16000, click=None)
     samples[500] = np.nan
     write(path, codecs=(None, "pcm_f32le", 16000), wave=samples)
-    with pytest.raises(MediaError, match=r"nan\.wav: its sound holds values that are not finite"):
+    with pytest.raises(MediaError, match=r"nan\.wav: its audio holds values that are not finite"):
         read_audio(path)
     assert read_audio(path, start=0.5).isfinite().all()
 

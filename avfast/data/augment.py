@@ -1,4 +1,4 @@
-"""Crops of pictures, their parameters drawn from a generator that the caller names."""
+"""Crops of frames, their parameters drawn from a generator that the caller names."""
 
 from __future__ import annotations
 

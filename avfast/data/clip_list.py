@@ -18,7 +18,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One clip: where its sound and its pictures are.
+    """One clip: where its audio and its frames are.
 
     Attributes:
         id: for people; need not be unique.
@@ -132,7 +132,7 @@ def _from_file(count: int, handle: Any) -> PackedClips:
 
 
 def _record(clip: Clip) -> bytes:
-    """Paths mostly hold the id, and sound and pictures are often one file: neither is stored twice."""
+    """Paths mostly hold the id, and audio and video are often one file: neither is stored twice."""
     video: Any = True if clip.video_path == clip.audio_path is not None else _shorten(clip.video_path, clip.id)
     weight = None if clip.weight == 1.0 else float(clip.weight)
     labels = tuple(int(label) for label in clip.labels)

@@ -98,7 +98,8 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 class StepBatches:
@@ -373,13 +374,15 @@ def _end_with_trainer(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()  # whose end closes a pipe that it alone holds open
+    if trainer is None:
+        return
+    wait = trainer.join
 
     def watch() -> None:
-        trainer.join()
+        wait()
         os._exit(1)
 
-    if trainer is not None:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def eval_loader(

@@ -44,11 +44,11 @@ def swaps_axes(matrix: list[int] | None) -> bool:
     return matrix is not None and abs(matrix[0]) + abs(matrix[3]) < abs(matrix[1]) + abs(matrix[2])
 
 
-def turned(picture: np.ndarray, matrix: list[int] | None) -> np.ndarray:
+def turned(image: np.ndarray, matrix: list[int] | None) -> np.ndarray:
     """(H, W, 3) turned by quarters and mirrored as it is to be shown."""
     if matrix is None:
-        return picture
+        return image
     a, b, c, d = matrix
     if swaps_axes(matrix):
-        picture, a, d = picture.transpose(1, 0, 2), c, b
-    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

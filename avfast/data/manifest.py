@@ -8,6 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
@@ -57,9 +58,9 @@ def read_folder(path: str | os.PathLike[str]) -> ClipList:
 
     The first sub-folder on the way to a file names its class, as torchvision's ImageFolder has it; files directly in
     ``path`` have none, and without sub-folders there are no classes. Names that begin with a dot are skipped. Links are
-    followed, but a folder or file that is met again under another name is left out. One sound file and one film
-    whose names differ in their extension alone (``clip.wav`` beside ``clip.mp4``) are one clip. ``notes`` say what was
-    paired and what was left out.
+    followed, but a folder or file that is met again under another name is left out. One audio file and one video
+    file whose names differ in their extension alone (``clip.wav`` beside ``clip.mp4``) are one clip. ``notes`` say what
+    was paired and what was left out.
 
     Raises:
         ValueError: there is no such folder, or no media file in it.
@@ -81,22 +82,22 @@ def read_folder(path: str | os.PathLike[str]) -> ClipList:
     categories = [file.split(os.sep)[0] if os.sep in file else None for file in files]
     class_names = tuple(sorted({category for category in categories if category is not None}))
     index = {name: i for i, name in enumerate(class_names)}
-    sounds = _pairs(files)
-    partners = set(sounds.values())
+    audio_of = _pairs(files)
+    partners = set(audio_of.values())
 
     def clips() -> Iterator[Clip]:
         for file, category in zip(files, categories, strict=True):
             if file in partners:
                 continue
             video = None if _extension(file) in AUDIO_EXTENSIONS else os.path.join(root, file)
-            audio = os.path.join(root, sounds.get(file, file))
+            audio = os.path.join(root, audio_of.get(file, file))
             yield Clip(os.path.splitext(file)[0], audio, video, () if category is None else (index[category],))
 
     notes = []
-    if sounds:
-        film, sound = next(iter(sounds.items()))
-        more = f" and {len(sounds) - 1} more" if len(sounds) > 1 else ""
-        notes.append(f"{root}: the sound of {film} is taken from {sound}{more}, by name")
+    if audio_of:
+        video, audio = next(iter(audio_of.items()))
+        more = f" and {len(audio_of) - 1} more" if len(audio_of) > 1 else ""
+        notes.append(f"{root}: the audio of {video} is taken from {audio}{more}, by name")
     if left_out:
         notes.append(f"{root}: left out {left_out}")
     return ClipList(PackedClips(clips()), class_names, tuple(notes))
@@ -155,15 +156,15 @@ def _is_listed(path: str) -> bool:
 
 
 def _pairs(files: Sequence[str]) -> dict[str, str]:
-    """Film -> sound, where exactly one of each share a folder and a name."""
+    """Video file -> audio file, where exactly one of each share a folder and a name."""
     found: dict[str, list[str]] = {}
     for file in files:
         found.setdefault(os.path.splitext(file)[0], []).append(file)
     pairs = {}
     for same in found.values():
         if len(same) == 2 and sum(_extension(file) in AUDIO_EXTENSIONS for file in same) == 1:
-            film, sound = sorted(same, key=lambda file: _extension(file) in AUDIO_EXTENSIONS)
-            pairs[film] = sound
+            video, audio = sorted(same, key=lambda file: _extension(file) in AUDIO_EXTENSIONS)
+            pairs[video] = audio
     return pairs
 
 
@@ -178,7 +179,7 @@ def read_manifest(
 ) -> ClipList:
     """CAV-MAE's JSON manifest, unchanged: ``{"data": [{"video_id", "wav", "video_path", "labels"}, ...]}``.
 
-    ``wav`` is any media file with sound. ``video_path`` is a media file, or (a path without a media extension) the
+    ``wav`` is any media file with audio. ``video_path`` is a media file, or (a path without a media extension) the
     folder that holds ``frame_0/<video_id>.jpg`` .. ``frame_9/<video_id>.jpg``. Either may be empty or null for a
     modality that is missing. Relative paths start at the manifest's folder. ``labels`` are mids joined by commas.
 
@@ -204,27 +205,38 @@ def read_manifest(
         raise ValueError(f'manifest {file}: expected {{"data": [...]}}, got {_kind(content)}')
     if not entries:
         raise ValueError(f"manifest {file}: its list of clips is empty")
-    names, index = ((), None) if class_csv is None else _read_classes(class_csv)
+    classes = None if class_csv is None else _read_classes(class_csv)
     weights = [1.0] * len(entries) if weights_csv is None else _read_weights(weights_csv, len(entries), file)
     root = Path(file).absolute().parent
     clips = PackedClips(
-        _read_entry(entry, f"manifest {file}: entry {i}", root, index, class_csv, weight)
+        _read_entry(entry, f"manifest {file}: entry {i}", root, classes, weight)
         for i, (entry, weight) in enumerate(zip(entries, weights, strict=True))
     )
-    return ClipList(clips, names)
+    return ClipList(clips, classes.names if classes else ())
 
 
-def _read_entry(
-    entry: object,
-    where: str,
-    root: Path,
-    index: dict[str, int] | None,
-    class_csv: str | os.PathLike[str] | None,
-    weight: float,
-) -> Clip:
+@dataclass(frozen=True)
+class _Classes:
+    """Of a class CSV: ``names`` to display in order of their index, and the ``index`` of each mid."""
+
+    source: str
+    names: tuple[str, ...]
+    index: dict[str, int]
+
+    def labels(self, mids: str, where: str) -> tuple[int, ...]:
+        """The indices of mids joined by commas, each once."""
+        found: dict[int, None] = {}
+        for mid in filter(None, (part.strip() for part in mids.split(","))):
+            if mid not in self.index:
+                raise ValueError(f"{where}: label {mid!r} is not among the {len(self.index)} mids of {self.source}")
+            found[self.index[mid]] = None
+        return tuple(found)
+
+
+def _read_entry(entry: object, where: str, root: Path, classes: _Classes | None, weight: float) -> Clip:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object with video_id, wav, video_path and labels, got {_kind(entry)}")
-    required = ["video_id", "wav", "video_path"] + (["labels"] if index is not None else [])
+    required = ["video_id", "wav", "video_path"] + (["labels"] if classes else [])
     if missing := [key for key in required if key not in entry]:
         raise ValueError(f"{where}: missing {', '.join(missing)}; it has {', '.join(entry) or 'nothing'}")
     for key in required:
@@ -235,14 +247,9 @@ def _read_entry(
     audio, video = (os.path.join(root, entry[key]) if entry[key] else None for key in ("wav", "video_path"))
     if audio is None and video is None:
         raise ValueError(f"{where}: both wav and video_path are empty")
-    labels: list[int] = []
-    for label in (part.strip() for part in entry["labels"].split(",")) if index is not None else ():
-        if label and label not in index:
-            raise ValueError(f"{where}: label {label!r} is not among the {len(index)} mids of {os.fspath(class_csv)}")
-        if label and index[label] not in labels:
-            labels.append(index[label])
-    is_file = video is not None and os.path.splitext(video)[1].lower() in MEDIA_EXTENSIONS
-    return Clip(name, audio, video if is_file else None, tuple(labels), weight, None if is_file else video)
+    labels = classes.labels(entry["labels"], where) if classes else ()
+    is_file = video is not None and _extension(video) in MEDIA_EXTENSIONS
+    return Clip(name, audio, video if is_file else None, labels, weight, None if is_file else video)
 
 
 def _rows(path: str | os.PathLike[str], what: str) -> Iterator[list[str]]:
@@ -255,8 +262,8 @@ def _rows(path: str | os.PathLike[str], what: str) -> Iterator[list[str]]:
         raise ValueError(f"{what} {os.fspath(path)}: not a readable CSV: {error}") from None
 
 
-def _read_classes(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Display names in order of their index, and mid -> index. A name of several mids is followed by each one's mid."""
+def _read_classes(path: str | os.PathLike[str]) -> _Classes:
+    """A name of several mids is followed by each one's mid."""
     rows = list(_rows(path, "class CSV"))
     header = [cell.strip() for cell in rows[0]] if rows else []
     if header[:3] != ["index", "mid", "display_name"]:
@@ -279,7 +286,8 @@ def _read_classes(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], dict[s
         raise ValueError(f"class CSV {os.fspath(path)}: expected the indices 0 .. {len(names) - 1}, each once")
     often = {name for name, count in Counter(names.values()).items() if count > 1}
     mids = {position: mid for mid, position in index.items()}
-    return tuple(f"{names[i]} ({mids[i]})" if names[i] in often else names[i] for i in range(len(names))), index
+    shown = tuple(f"{names[i]} ({mids[i]})" if names[i] in often else names[i] for i in range(len(names)))
+    return _Classes(os.fspath(path), shown, index)
 
 
 def _read_weights(path: str | os.PathLike[str], count: int, manifest: str) -> list[float]:

@@ -1,6 +1,6 @@
-"""Sound and pictures out of media files, through PyAV (which carries its own FFmpeg).
+"""Audio and frames out of media files, through PyAV (which carries its own FFmpeg).
 
-Time zero of a file is its container's start time, or 0 where that is negative (codec priming), so sound and pictures of
+Time zero of a file is its container's start time, or 0 where that is negative (codec priming), so audio and frames of
 one file share one clock whatever offsets its streams have. Priming samples of AAC, Opus and MP3 are dropped as the
 container signals them.
 """
@@ -62,8 +62,8 @@ class MediaInfo:
     Attributes:
         duration: in seconds, 0.0 if nothing tells.
         has_audio, has_video: whether there is such a stream; a cover picture is no video.
-        sample_rate, channels: of the sound, 0 without one.
-        width, height: of the coded picture, before rotation; 0 without one.
+        sample_rate, channels: of the audio, 0 without one.
+        width, height: of the coded frames, before rotation; 0 without one.
         frame_rate: average, 0.0 if unknown.
     """
 
@@ -90,7 +90,7 @@ class MediaFile:
             not in it.
 
     Raises:
-        MediaError: the file is missing, empty, no media file, or holds neither sound nor pictures.
+        MediaError: the file is missing, empty, no media file, or holds neither audio nor video.
     """
 
     info: MediaInfo
@@ -119,13 +119,13 @@ class MediaFile:
             self._container = None
 
     def audio(self, *, sample_rate: int = 16000, start: float = 0.0, seconds: float | None = None) -> Tensor | None:
-        """The sound between ``start`` and ``start + seconds`` (default: to the end).
+        """The audio between ``start`` and ``start + seconds`` (default: to the end).
 
         Channels are averaged (5.1 included), then resampled by FFmpeg. A stream that begins late or has holes is filled
         with silence, so sample ``i`` always stands at ``start + i / sample_rate`` seconds.
 
         Returns:
-            (samples,) float32 in [-1, 1] full scale, shorter than asked where the sound ends earlier; None without a
+            (samples,) float32 in [-1, 1] full scale, shorter than asked where the audio ends earlier; None without a
             stream.
 
         Raises:
@@ -141,18 +141,18 @@ class MediaFile:
         if seconds is not None:
             end = min(end, round(seconds * sample_rate))
         if end - sum(len(piece) for _, piece in pieces) > _LONGEST_HOLE * sample_rate:
-            raise MediaError(self.path, "its sound has a hole of more than an hour (damaged timestamps)")
+            raise MediaError(self.path, "its audio has a hole of more than an hour (damaged timestamps)")
         out = np.zeros(max(end, 0), dtype=np.float32)
         for at, piece in pieces:
             lo, hi = max(at - first, 0), min(at - first + len(piece), len(out))
             if lo < hi:
                 out[lo:hi] = piece[lo - at + first : hi - at + first]
         if not np.isfinite(out).all():
-            raise MediaError(self.path, "its sound holds values that are not finite")
+            raise MediaError(self.path, "its audio holds values that are not finite")
         return torch.from_numpy(out)
 
     def frames(self, times: Sequence[float]) -> Tensor | None:
-        """The picture shown at each of ``times``: the last frame at or before it, or the first frame if none is.
+        """The frame shown at each of ``times``: the last frame at or before it, or the first frame if none is.
 
         Returns:
             (len(times), height, width, 3) uint8 RGB with square pixels, turned and mirrored as the file asks; None
@@ -168,17 +168,15 @@ class MediaFile:
         shown = self._shown(targets, seek=bool(targets) and targets[0] > _SEEK_FROM and not self._reordered)
         if shown is None:
             shown = self._shown(targets, seek=False) or []
-        pictures: dict[int, Tensor] = {}
+        images: dict[int, Tensor] = {}
         shape: tuple[int, int] | None = None
         for frame in shown:
-            if id(frame) not in pictures:
-                pictures[id(frame)] = self._picture(frame, shape)
-                shape = shape or (pictures[id(frame)].shape[0], pictures[id(frame)].shape[1])
-        out: list[Tensor | None] = [None] * len(times)
-        for i, frame in zip(order, shown, strict=True):
-            out[i] = pictures[id(frame)]
-        found = [picture for picture in out if picture is not None]
-        return torch.stack(found) if found else torch.empty(0, 0, 0, 3).byte()
+            if id(frame) not in images:
+                images[id(frame)] = self._image(frame, shape)
+                shape = shape or (images[id(frame)].shape[0], images[id(frame)].shape[1])
+        at = dict(zip(order, shown, strict=True))
+        out = [images[id(at[i])] for i in range(len(times))]
+        return torch.stack(out) if out else torch.empty(0, 0, 0, 3).byte()
 
     def measure(self) -> dict[str, float]:
         """Seconds at which the last packet of each stream ends, by ``"audio"`` and ``"video"``. Nothing is decoded."""
@@ -196,7 +194,7 @@ class MediaFile:
             pass  # a cut-off file: as far as it goes
         return ends
 
-    def _picture(self, frame: Any, shape: tuple[int, int] | None) -> Tensor:
+    def _image(self, frame: Any, shape: tuple[int, int] | None) -> Tensor:
         """RGB of (height, width) ``shape``, or of the frame's own."""
         import av
 
@@ -205,13 +203,13 @@ class MediaFile:
         height, width = frame.height, frame.width
         if shape is not None:
             height, width = reversed(shape) if lying else shape
-        elif (ratio := float(self._video.sample_aspect_ratio or 1)) != 1 and 1 / _WIDEST <= ratio <= _WIDEST:
+        elif (ratio := float(self._stream("video").sample_aspect_ratio or 1)) != 1 and 1 / _WIDEST <= ratio <= _WIDEST:
             height, width = max(height, round(height / ratio)), max(width, round(width * ratio))
         try:
-            picture = container.turned(frame.to_ndarray(format="rgb24", width=width, height=height), matrix)
+            image = container.turned(frame.to_ndarray(format="rgb24", width=width, height=height), matrix)
         except (av.FFmpegError, ValueError) as error:
-            raise MediaError(self.path, f"its pictures do not convert to RGB ({_reason(error)})") from None
-        return torch.from_numpy(np.ascontiguousarray(picture))
+            raise MediaError(self.path, f"its frames do not convert to RGB ({_reason(error)})") from None
+        return torch.from_numpy(np.ascontiguousarray(image))
 
     # -- opening ----------------------------------------------------------------------------------------------------
 
@@ -246,7 +244,7 @@ class MediaFile:
     def _probe(self) -> MediaInfo:
         video, audio = self._video, self._audio
         if video is None and audio is None:
-            raise MediaError(self.path, "holds neither sound nor pictures")
+            raise MediaError(self.path, "holds neither audio nor video")
         for kind, stream in (("video", video), ("audio", audio)):
             if stream is not None and stream.codec_context is None:
                 raise MediaError(self.path, f"its {kind} codec is unknown")
@@ -344,8 +342,9 @@ class MediaFile:
         if not decoded:
             if seek:
                 return None
-            if problems or self._audio.frames or (self._audio.duration or 0) > 0:
-                raise MediaError(self.path, f"its sound does not decode ({problems[0] if problems else 'no data'})")
+            stream = self._stream("audio")
+            if problems or stream.frames or (stream.duration or 0) > 0:
+                raise MediaError(self.path, f"its audio does not decode ({problems[0] if problems else 'no data'})")
         try:
             return [
                 (round(time * sample_rate), _resample(np.concatenate([_NOTHING, *chunks]), rate, sample_rate))
@@ -353,7 +352,7 @@ class MediaFile:
             ]
         except (av.FFmpegError, ValueError) as error:
             rate = stretches[-1][1]
-            raise MediaError(self.path, f"its sound of {rate} Hz does not resample ({_reason(error)})") from None
+            raise MediaError(self.path, f"its audio of {rate} Hz does not resample ({_reason(error)})") from None
 
     def _shown(self, targets: Sequence[float], *, seek: bool) -> list[Any] | None:
         """The frame for each of the ascending targets; None if seeking overshot the first."""
@@ -375,7 +374,7 @@ class MediaFile:
         if previous is None:
             if seek:
                 return None
-            raise MediaError(self.path, f"its pictures do not decode ({problems[0] if problems else 'no data'})")
+            raise MediaError(self.path, f"its frames do not decode ({problems[0] if problems else 'no data'})")
         return shown + [previous] * (len(targets) - len(shown))
 
 
@@ -394,7 +393,7 @@ def read_frames(path: str | os.PathLike[str], times: Sequence[float]) -> Tensor 
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """(height, width, 3) uint8 RGB of a still picture. MediaError if it cannot be read."""
+    """(height, width, 3) uint8 RGB of a still image. MediaError if it cannot be read."""
     from PIL import Image, ImageOps
 
     try:

@@ -35,15 +35,15 @@ def features(demo: DemoSet, split: str) -> Features:
     """Decodes every clip of a split."""
     rows = []
     for scene in demo.scenes(split):
-        picture, samples = _decode(demo, scene)
-        small = _shrink(picture)
+        frame, samples = _decode(demo, scene)
+        small = _shrink(frame)
         bands = _bands(samples, scene.sample_rate)
         power = np.log(np.exp(bands).sum(1))
         change = np.abs(np.diff(bands, axis=0)).mean(0)
         over_time = [bands.mean(0), bands.std(0), np.quantile(bands, 0.1, 0), np.quantile(bands, 0.95, 0), change]
         rows.append(
             (
-                np.concatenate([picture.mean((0, 1)), picture.std((0, 1))]),
+                np.concatenate([frame.mean((0, 1)), frame.std((0, 1))]),
                 small.ravel(),
                 [10 * np.log10(np.mean(samples**2) + 1e-9)],
                 np.concatenate([*over_time, np.quantile(power, (0.1, 0.5, 0.8, 0.9, 0.95))]),
@@ -56,13 +56,13 @@ def _decode(demo: DemoSet, scene: Scene) -> tuple[Array, Array]:
     frames = read_frames(demo.path(scene), [scene.seconds / 2])
     samples = read_audio(demo.path(scene), sample_rate=scene.sample_rate, seconds=scene.seconds)
     if frames is None or samples is None:
-        raise RuntimeError(f"{demo.path(scene)}: expected pictures and sound, found only one of them")
+        raise RuntimeError(f"{demo.path(scene)}: expected frames and audio, found only one of them")
     return frames[0].numpy().astype(np.float64) / 255, samples.numpy().astype(np.float64)
 
 
-def _shrink(picture: Array) -> Array:
-    rows, columns = (np.linspace(0, n, 17).astype(int)[:-1] for n in picture.shape[:2])
-    sums = np.add.reduceat(np.add.reduceat(picture, rows, 0), columns, 1)
+def _shrink(frame: Array) -> Array:
+    rows, columns = (np.linspace(0, n, 17).astype(int)[:-1] for n in frame.shape[:2])
+    sums = np.add.reduceat(np.add.reduceat(frame, rows, 0), columns, 1)
     return sums / sums.shape[0] / sums.shape[1]
 
 
@@ -114,7 +114,7 @@ def retrieval_baselines(train: Features, test: Features, scenes: list[Scene]) ->
         guess = _ridge(getattr(train, seen), x, getattr(test, seen))
         # with a one beside them, since cosine knows nothing of a single number but its sign
         sides = [np.pad((z - x.mean(0)) / (x.std(0) + 1e-9), ((0, 0), (0, 1)), constant_values=1) for z in (guess, y)]
-        result[name] = recall(*map(torch.from_numpy, sides))
+        result[name] = recall(torch.from_numpy(sides[0]), torch.from_numpy(sides[1]))
     return result
 
 
@@ -123,8 +123,8 @@ def class_ceilings(scenes: list[Scene]) -> dict[str, float]:
     hidden = np.array([not scene.sources[0].on_screen for scene in scenes])
     return {
         "chance": 1 / NUM_CLASSES,
-        "picture alone": float(np.where(hidden, 1 / NUM_CLASSES, 1 / 2).mean()),
-        "sound alone": 1 / 2,
+        "visual alone": float(np.where(hidden, 1 / NUM_CLASSES, 1 / 2).mean()),
+        "audio alone": 1 / 2,
         "both": float(np.where(hidden, 1 / 2, 1).mean()),
     }
 
@@ -149,7 +149,7 @@ def readouts(train: Features, test: Features, scenes: list[Scene], test_scenes: 
         return np.array([getattr(s if name == "background" else s.sources[0], name) for s in part])
 
     result = {}
-    for modality, kind in (("sound", "spectrum"), ("picture", "pixels")):
+    for modality, kind in (("audio", "spectrum"), ("visual", "pixels")):
         for name in ("instrument", "colour", "articulation", "pitch", "loudness", "vibrato", "background"):
             discrete = name in ("instrument", "colour", "articulation")
             measure = accuracy if discrete else explained

@@ -150,7 +150,7 @@ class Renderer:
         self.texture = _texture(scene)
 
     def frame(self, time: float) -> Array:
-        """The picture at ``time``: (height, width, 3) uint8."""
+        """The frame at ``time``: (height, width, 3) uint8."""
         scene = self.scene
         shift = (round(scene.drift[1] * time * scene.height), round(scene.drift[0] * time * scene.width))
         image = np.roll(self.texture, shift, axis=(0, 1))

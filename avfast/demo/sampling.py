@@ -8,7 +8,7 @@ Instrument pairs of ``HELD_OUT_PAIRS`` sound together in test sets only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,7 @@ class Preset:
     zipf: bool = False  # class frequencies of 1 / rank instead of balanced
     held_out_only: bool = False  # every test clip is a held-out pair
     silent_share: float = 0.5  # clips with a silent distractor
-    off_screen_share: float = 0.05  # clips whose (first) sounding source is not in the picture
+    off_screen_share: float = 0.05  # clips whose (first) sounding source is not in the frames
     lit: tuple[float, float] = (0.75, 1.0)  # brightness of sounding objects
     dim: tuple[float, float] = (0.3, 0.6)  # of silent ones; where these ranges overlap only flashes tell
     snr_db: tuple[float, float] = (5.0, 20.0)
@@ -158,7 +158,7 @@ def _classes(preset: Preset, split: str, first: int, rng: np.random.Generator) -
 def _source(
     preset: Preset,
     label: int,
-    attributes: Sequence[float],
+    attributes: Iterable[float],
     others: Sequence[Source],
     sounding: bool,
     on_screen: bool,

@@ -141,11 +141,11 @@ class Scene:
         return tuple(sorted(s.label for s in self.sounding))
 
     def frame(self, time: float) -> np.ndarray:
-        """The picture at ``time`` in seconds, before encoding: (height, width, 3) uint8."""
+        """The frame at ``time`` in seconds, before encoding: (height, width, 3) uint8."""
         return Renderer(self).frame(time)
 
     def frames(self) -> np.ndarray:
-        """All pictures before encoding: (num_frames, height, width, 3) uint8."""
+        """All frames before encoding: (num_frames, height, width, 3) uint8."""
         renderer = Renderer(self)
         return np.stack([renderer.frame(k / self.fps) for k in range(self.num_frames)])
 

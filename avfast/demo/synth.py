@@ -1,4 +1,4 @@
-"""Scenes as sound: additive synthesis, one timbre per instrument, and two noises."""
+"""Scenes as audio: additive synthesis, one timbre per instrument, and two noises."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Waves(NamedTuple):
     """What is heard in a scene: float32 in -1 to 1; ``mixture`` is the sum of all the others."""
 
     sources: np.ndarray  # (sources, samples): one row per source of the scene, zeros for a silent one
-    ambient: np.ndarray  # (samples,): its colour is that of the picture's background
-    noise: np.ndarray  # (samples,): unrelated to the picture
+    ambient: np.ndarray  # (samples,): its colour is that of the frames' background
+    noise: np.ndarray  # (samples,): unrelated to the frames
     mixture: np.ndarray  # (samples,)
 
 

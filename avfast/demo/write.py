@@ -1,4 +1,4 @@
-"""Scenes as files: H.264 or MPEG-4 pictures and AAC sound in mp4, manifests, and the cache they lie in."""
+"""Scenes as files: H.264 or MPEG-4 video and AAC audio in mp4, manifests, and the cache they lie in."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def write_clip(scene: Scene, path: str | os.PathLike[str]) -> None:
         audio: Any = container.add_stream("aac", rate=scene.sample_rate, options={"aac_coder": "fast"})
         audio.layout = "mono"
         audio.bit_rate = 4 * scene.sample_rate
-        for index, picture in enumerate(scene.frames()):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for index, image in enumerate(scene.frames()):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts = index
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         # The encoder puts 1024 samples of silence in front; the mp4 edit list makes every decoder drop them again.
-        sound = av.AudioFrame.from_ndarray(scene.waves().mixture[None], format="fltp", layout="mono")
-        sound.sample_rate = scene.sample_rate
-        sound.pts = 0
-        container.mux(audio.encode(sound))
+        samples = av.AudioFrame.from_ndarray(scene.waves().mixture[None], format="fltp", layout="mono")
+        samples.sample_rate = scene.sample_rate
+        samples.pts = 0
+        container.mux(audio.encode(samples))
         container.mux(audio.encode(None))
 
 
