@@ -125,17 +125,17 @@ class Kept:
 
     Args:
         ids: ``(T,)`` int64 patch ids.
-        rows: ``(T,)`` int64 batch row of each id.
+        batch_rows: ``(T,)`` int64 batch row of each id.
         inverse: ``(B,)`` int64 place of each batch row in the packed order.
         lengths: kept patches per packed sequence, on the host.
-        order: batch row of each packed sequence, on the host.
+        permutation: batch row of each packed sequence, on the host.
     """
 
     ids: Tensor
-    rows: Tensor
+    batch_rows: Tensor
     inverse: Tensor
     lengths: tuple[int, ...]
-    order: tuple[int, ...] = field(compare=False)  # differs from step to step, and is not read in a pass
+    permutation: tuple[int, ...] = field(compare=False)  # differs from step to step, and is not read in a pass
 
     @classmethod
     def pack(cls, keep: Sequence[Tensor] | Tensor) -> Kept:
@@ -146,7 +146,7 @@ class Kept:
             ValueError: for another number of dimensions; for ids on the CPU that are negative or repeated (to read
                 those of another device would wait for it).
         """
-        order = sorted(range(len(keep)), key=lambda i: -len(keep[i]))
+        permutation = sorted(range(len(keep)), key=lambda i: -len(keep[i]))
         for i, ids in enumerate(keep):
             if ids.dtype == torch.bool:
                 raise TypeError(
@@ -156,12 +156,13 @@ class Kept:
                 raise TypeError(f"kept patches are given by their int64 ids, got {ids.dtype} for instance {i}")
             if ids.ndim != 1:
                 raise ValueError(f"kept patches of an instance are (K,) ids, got {tuple(ids.shape)} for instance {i}")
-        ids = torch.cat([keep[i] for i in order]).long() if order else torch.zeros(0, dtype=torch.int64, device="cpu")
-        lengths = [len(keep[i]) for i in order]
-        places = torch.tensor(order, dtype=torch.int64, device="cpu")
+        parts = [keep[i] for i in permutation]
+        ids = torch.cat(parts).long() if parts else torch.zeros(0, dtype=torch.int64, device="cpu")
+        lengths = [len(part) for part in parts]
+        packed = torch.tensor(permutation, dtype=torch.int64, device="cpu")
         repeats = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-        rows = places.repeat_interleave(repeats, output_size=sum(lengths))
-        kept = cls(ids, rows.to(ids.device), places.argsort().to(ids.device), tuple(lengths), tuple(order))
+        batch_rows = packed.repeat_interleave(repeats, output_size=sum(lengths)).to(ids.device)
+        kept = cls(ids, batch_rows, packed.argsort().to(ids.device), tuple(lengths), tuple(permutation))
         if ids.device.type == "cpu" and len(ids):
             if ids.min() < 0:
                 raise ValueError(f"ids of kept patches count from 0, got {int(ids.min())}")
@@ -175,12 +176,12 @@ class Kept:
         import numpy as np
 
         counts = kept.sum(1)
-        order = np.argsort(-counts, kind="stable")
-        lengths = counts[order]
-        rows = order.repeat(lengths)
-        ids = np.flatnonzero(kept[order]) - np.arange(len(order)).repeat(lengths) * kept.shape[1]
-        packed = [torch.from_numpy(x) for x in (ids, rows, np.argsort(order))]
-        return cls(packed[0], packed[1], packed[2], tuple(lengths.tolist()), tuple(order.tolist()))
+        permutation = np.argsort(-counts, kind="stable")
+        lengths = counts[permutation]
+        batch_rows = permutation.repeat(lengths)
+        ids = np.flatnonzero(kept[permutation]) - np.arange(len(permutation)).repeat(lengths) * kept.shape[1]
+        packed = [torch.from_numpy(x) for x in (ids, batch_rows, np.argsort(permutation))]
+        return cls(packed[0], packed[1], packed[2], tuple(lengths.tolist()), tuple(permutation.tolist()))
 
     @classmethod
     def all(cls, batch_size: int, num_patches: int, device: torch.device | str | None = "cpu") -> Kept:
@@ -197,19 +198,19 @@ class Kept:
 
     def to(self, device: torch.device | str) -> Kept:
         """The same on another device."""
-        moved = [to_device(x, device) for x in (self.ids, self.rows, self.inverse)]
-        return Kept(moved[0], moved[1], moved[2], self.lengths, self.order)
+        moved = [to_device(x, device) for x in (self.ids, self.batch_rows, self.inverse)]
+        return Kept(moved[0], moved[1], moved[2], self.lengths, self.permutation)
 
     def batch_lengths(self) -> list[int]:
         """Kept patches per instance, in batch order."""
         lengths = [0] * len(self)
-        for row, length in zip(self.order, self.lengths, strict=True):
+        for row, length in zip(self.permutation, self.lengths, strict=True):
             lengths[row] = length
         return lengths
 
     def to_list(self) -> list[Tensor]:
         """The ids of each instance, in batch order."""
-        parts = dict(zip(self.order, self.ids.split(list(self.lengths)), strict=True))
+        parts = dict(zip(self.permutation, self.ids.split(list(self.lengths)), strict=True))
         return [parts[i] for i in range(len(self))]
 
     def starts(self) -> np.ndarray:
@@ -218,27 +219,28 @@ class Kept:
 
         lengths = np.array(self.lengths, dtype=np.int64)
         starts = np.empty_like(lengths)
-        starts[list(self.order)] = lengths.cumsum() - lengths
+        starts[list(self.permutation)] = lengths.cumsum() - lengths
         return starts
 
-    def reordered(self, order: Sequence[int]) -> Kept:
+    def reordered(self, permutation: Sequence[int]) -> Kept:
         """The same patches, instances packed in this order of batch rows."""
         import numpy as np
 
-        if tuple(order) == self.order:
+        if tuple(permutation) == self.permutation:
             return self
-        places, lengths = np.array(order, dtype=np.int64), np.array(self.batch_lengths(), dtype=np.int64)[list(order)]
-        index = torch.tensor(spans(self.starts()[places], lengths), device=self.ids.device)
-        inverse = torch.tensor(places.argsort(), device=self.ids.device)
-        return Kept(self.ids[index], self.rows[index], inverse, tuple(lengths.tolist()), tuple(order))
+        packed = np.array(permutation, dtype=np.int64)
+        lengths = np.array(self.batch_lengths(), dtype=np.int64)[packed]
+        index = torch.tensor(spans(self.starts()[packed], lengths), device=self.ids.device)
+        inverse = torch.tensor(packed.argsort(), device=self.ids.device)
+        return Kept(self.ids[index], self.batch_rows[index], inverse, tuple(lengths.tolist()), tuple(permutation))
 
     def flat(self, num_patches: int) -> Tensor:
         """``(T,)`` entries of the flattened (B, num_patches) patch list."""
-        return self.rows * num_patches + self.ids
+        return self.batch_rows * num_patches + self.ids
 
     def packed_flat(self, num_patches: int) -> Tensor:
         """``(T,)`` entries of the flattened (B, num_patches) patches of the instances in the order they are packed."""
-        return self.inverse[self.rows] * num_patches + self.ids
+        return self.inverse[self.batch_rows] * num_patches + self.ids
 
     def masked(self, num_patches: int) -> Tensor:
         """``(B, num_patches)`` bool: True where a patch is not kept."""

@@ -31,43 +31,43 @@ def cumulative(lengths: Sequence[int], device: torch.device | str | None = None)
 
 class _PermuteRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(order, back)
-        return x.index_select(0, order)
+    def forward(ctx: Any, x: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(permutation, inverse)
+        return x.index_select(0, permutation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        order, back = ctx.saved_tensors
-        return permute_rows(grad, back, order), None, None
+        permutation, inverse = ctx.saved_tensors
+        return permute_rows(grad, inverse, permutation), None, None
 
 
-def permute_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-    """``x[order]`` whose gradient is gathered as well, by the inverse permutation ``back``, and so is deterministic."""
-    return _PermuteRows.apply(x, order, back)
+def permute_rows(x: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
+    """``x[permutation]`` whose gradient is gathered as well, by the ``inverse`` permutation: deterministic."""
+    return _PermuteRows.apply(x, permutation, inverse)
 
 
 class _TakeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
+    def forward(ctx: Any, x: Tensor, token_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(token_rows)
         ctx.count = x.shape[0]
-        return x.index_select(0, rows)
+        return x.index_select(0, token_rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy(0, rows, grad), None
+        (token_rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy(0, token_rows, grad), None
 
 
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """``x[rows]`` of distinct rows, whose gradient is therefore written and not added, which is deterministic."""
-    return _TakeRows.apply(x, rows)
+def take_rows(x: Tensor, token_rows: Tensor) -> Tensor:
+    """``x[token_rows]`` of distinct rows, whose gradient is therefore written and not added, which is deterministic."""
+    return _TakeRows.apply(x, token_rows)
 
 
-def other_rows(rows: Tensor, total: int) -> Tensor:
-    """``(total - R,)`` int64, ascending: what of ``0 .. total - 1`` is not among R distinct ``rows``; no host waits."""
-    free = torch.ones(total, dtype=torch.int8, device=rows.device).index_fill(0, rows, 0)
-    return free.argsort(descending=True, stable=True)[: total - rows.shape[0]]
+def other_rows(token_rows: Tensor, total: int) -> Tensor:
+    """``(total - R,)`` int64, ascending: ``0 .. total - 1`` without R distinct ``token_rows``; no host waits."""
+    free = torch.ones(total, dtype=torch.int8, device=token_rows.device).index_fill(0, token_rows, 0)
+    return free.argsort(descending=True, stable=True)[: total - token_rows.shape[0]]
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ class PackedTokens:
         """The sequences as a list of ``(n_i, ...)`` views."""
         return list(self.values.split(list(self.lengths)))
 
-    def select(self, order: Sequence[int]) -> PackedTokens:
+    def select(self, chosen: Sequence[int]) -> PackedTokens:
         """The sequences with the given numbers, in that order."""
-        if tuple(order) == tuple(range(len(self))):
+        if tuple(chosen) == tuple(range(len(self))):
             return self
         parts = self.to_list()
-        return PackedTokens(torch.cat([parts[i] for i in order]), tuple(self.lengths[i] for i in order))
+        return PackedTokens(torch.cat([parts[i] for i in chosen]), tuple(self.lengths[i] for i in chosen))
 
     def mean(self, dtype: torch.dtype | None = None) -> Tensor:
         """Mean of each sequence, ``(S, ...)``, in the dtype of ``values`` or a given one; an empty one gives zeros."""

@@ -172,7 +172,7 @@ class Ragged(Variant):
         parts = ((self.kept_a, 0, 0), (self.kept_v, count, self.patches_a))
         for row in rows:
             for kept, first, offset in parts:
-                at = kept.order.index(row)
+                at = kept.permutation.index(row)
                 start = [0, *accumulate(kept.lengths)][at]
                 index.append(torch.arange(start, start + kept.lengths[at]) + first)
                 places.append(row * total + offset + kept.ids[start : start + kept.lengths[at]])

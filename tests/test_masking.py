@@ -99,8 +99,8 @@ def test_an_unknown_structure_is_refused():
 def test_kept_packs_longest_first_and_finds_back():
     lists = [torch.tensor(x, dtype=torch.int64) for x in ([3], [], [0, 2, 5], [1, 4])]
     kept = Kept.pack(lists)
-    assert kept.lengths == (3, 2, 1, 0) and kept.order == (2, 3, 0, 1) and kept.batch_lengths() == [1, 0, 3, 2]
-    assert kept.ids.tolist() == [0, 2, 5, 1, 4, 3] and kept.rows.tolist() == [2, 2, 2, 3, 3, 0]
+    assert kept.lengths == (3, 2, 1, 0) and kept.permutation == (2, 3, 0, 1) and kept.batch_lengths() == [1, 0, 3, 2]
+    assert kept.ids.tolist() == [0, 2, 5, 1, 4, 3] and kept.batch_rows.tolist() == [2, 2, 2, 3, 3, 0]
     assert [ids.tolist() for ids in kept.to_list()] == [ids.tolist() for ids in lists]
     assert torch.tensor(kept.lengths)[kept.inverse].tolist() == kept.batch_lengths()
     assert kept.masked(6)[2].tolist() == [False, True, False, True, True, False]
@@ -110,11 +110,11 @@ def test_kept_packs_longest_first_and_finds_back():
 def test_kept_of_a_mask_array_and_another_order_agree_with_lists():
     mask = np.array([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1], [0, 1, 1, 0]], dtype=bool)
     kept, want = Kept.where(mask), Kept.pack([torch.from_numpy(row.nonzero()[0]) for row in mask])
-    for other in (want, kept.reordered((1, 3, 0, 2)).reordered(kept.order)):
-        assert (kept.lengths, kept.order) == (other.lengths, other.order)
-        assert all(torch.equal(getattr(kept, x), getattr(other, x)) for x in ("ids", "rows", "inverse"))
+    for other in (want, kept.reordered((1, 3, 0, 2)).reordered(kept.permutation)):
+        assert (kept.lengths, kept.permutation) == (other.lengths, other.permutation)
+        assert all(torch.equal(getattr(kept, x), getattr(other, x)) for x in ("ids", "batch_rows", "inverse"))
     moved = kept.reordered((1, 3, 0, 2))
-    assert moved.ids.tolist() == [1, 2, 1, 0, 2, 3] and moved.rows.tolist() == [3, 3, 0, 2, 2, 2]
+    assert moved.ids.tolist() == [1, 2, 1, 0, 2, 3] and moved.batch_rows.tolist() == [3, 3, 0, 2, 2, 2]
     assert moved.inverse.tolist() == [2, 0, 3, 1] and moved.starts().tolist() == [2, 0, 3, 0]
 
 

@@ -25,10 +25,10 @@ def test_boundaries_and_sequences(lengths):
 
 def test_permuted_rows_and_their_gradient():
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    order = torch.tensor([3, 1, 4, 0, 2])
-    permuted = permute_rows(x, order, order.argsort())
-    assert torch.equal(permuted, x[order])
-    torch.autograd.gradcheck(permute_rows, (x, order, order.argsort()))
+    permutation = torch.tensor([3, 1, 4, 0, 2])
+    permuted = permute_rows(x, permutation, permutation.argsort())
+    assert torch.equal(permuted, x[permutation])
+    torch.autograd.gradcheck(permute_rows, (x, permutation, permutation.argsort()))
 
 
 @settings(deadline=None)

@@ -74,7 +74,7 @@ class PairDraws(KeptDraws):
             torch.tensor(x, device=device) for x in (sources, inverse, rows.argsort(), rows)
         )
         total = sum(counts)
-        places = [rank[audio.rows] * total + audio.ids, rank[visual.rows] * total + counts[0] + visual.ids]
+        places = [rank[audio.batch_rows] * total + audio.ids, rank[visual.batch_rows] * total + counts[0] + visual.ids]
         pairs = ((lengths[0] > 0) & (lengths[1] > 0)).nonzero()[0]
         return cls(
             only, audio, visual, counts, instances,

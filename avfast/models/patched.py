@@ -299,7 +299,7 @@ def features(
     """Packed tokens of both modalities in batch order, those of one that was not given as None."""
     batch = draws.instances.shape[0]
     audio, visual = (
-        dense_or_packed(x, kept.lengths, kept.order, draws.equal, batch) if given else None
+        dense_or_packed(x, kept.lengths, kept.permutation, draws.equal, batch) if given else None
         for x, kept, given in ((a, draws.audio_keep, given_a), (v, draws.visual_keep, given_v))
     )
     return Features(audio, visual, fused)
