@@ -68,11 +68,11 @@ def naming(source: Source) -> Iterator[None]:
         raise ValueError(f"{source}: {error}") from error
 
 
-def unwrap(state: Any) -> dict[str, Tensor]:
+def unwrap(state: object) -> dict[str, Tensor]:
     """The tensors of a state dict by their own names."""
     if not isinstance(state, Mapping):
         raise ValueError(f"expected a state dict or a dictionary that holds one, found a {type(state).__name__}")
-    inner: Any = state
+    inner = state
     while not _has_tensors(inner) or any(isinstance(inner.get(name), Mapping) for name in WRAPPERS):
         nested = {key: value for key, value in inner.items() if isinstance(value, Mapping)}
         tensors = [key for key, value in nested.items() if _has_tensors(value)]

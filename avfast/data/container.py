@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.stream import Stream
+
+AnyStream = TypeVar("AnyStream", bound="Stream")
 
 # FFmpeg's AV_DISPOSITION_*
 _DEFAULT = 1
@@ -13,8 +20,8 @@ _SECONDARY = 2 | 8 | 32 | 128 | 256 | 512  # dubbed, comment, karaoke, hearing o
 _NO_VIDEO = 1024 | 2048  # attached picture, timed thumbnails
 
 
-def open_media(path: str) -> Any:
-    """An open ``av.InputContainer``. Tags that are no UTF-8 are no error."""
+def open_media(path: str) -> InputContainer:
+    """An open container. Tags that are no UTF-8 are no error."""
     import av
 
     try:
@@ -23,7 +30,7 @@ def open_media(path: str) -> Any:
         return av.open(path)
 
 
-def chosen(streams: Sequence[Any]) -> Any:
+def chosen(streams: Sequence[AnyStream]) -> AnyStream | None:
     """Of the streams of one kind the one that players choose, None if there is none."""
     ranks = {}
     for stream in streams:
@@ -33,7 +40,7 @@ def chosen(streams: Sequence[Any]) -> Any:
     return min(ranks, key=ranks.__getitem__, default=None)
 
 
-def display_matrix(frame: Any) -> list[int] | None:
+def display_matrix(frame: VideoFrame) -> list[int] | None:
     """[a, b, c, d] such that column x and row y are shown at column a x + c y and row b x + d y; None: as they are."""
     data = frame.side_data.get("DISPLAYMATRIX")
     return None if data is None else np.frombuffer(bytes(data), dtype=np.int32)[[0, 1, 3, 4]].tolist()

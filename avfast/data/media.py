@@ -21,6 +21,7 @@ from torch import Tensor
 from avfast.data import container
 
 if TYPE_CHECKING:
+    from av import AudioFrame, VideoFrame
     from av.audio.stream import AudioStream
     from av.video.stream import VideoStream
 
@@ -194,7 +195,7 @@ class MediaFile:
             pass  # a cut-off file: as far as it goes
         return ends
 
-    def _image(self, frame: Any, shape: tuple[int, int] | None) -> Tensor:
+    def _image(self, frame: VideoFrame, shape: tuple[int, int] | None) -> Tensor:
         """RGB of (height, width) ``shape``, or of the frame's own."""
         import av
 
@@ -354,15 +355,15 @@ class MediaFile:
             rate = stretches[-1][1]
             raise MediaError(self.path, f"its audio of {rate} Hz does not resample ({_reason(error)})") from None
 
-    def _shown(self, targets: Sequence[float], *, seek: bool) -> list[Any] | None:
+    def _shown(self, targets: Sequence[float], *, seek: bool) -> list[VideoFrame] | None:
         """The frame for each of the ascending targets; None if seeking overshot the first."""
         if seek:
             self._seek("video", targets[0])
         else:
             self._rewind()
         problems: list[str] = []
-        shown: list[Any] = []
-        previous: Any = None
+        shown: list[VideoFrame] = []
+        previous: VideoFrame | None = None
         for time, frame in self._decode("video", problems):
             if previous is None and seek and time > targets[0] + _ROUNDING:
                 return None
@@ -420,13 +421,13 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
-def _length(frame: Any, stream: Any) -> float:
+def _length(frame: AudioFrame | VideoFrame, stream: Any) -> float:
     if hasattr(frame, "samples"):
         return frame.samples / frame.sample_rate
     return float(1 / (stream.average_rate or Fraction(25)))
 
 
-def _mono(frame: Any) -> np.ndarray:
+def _mono(frame: AudioFrame) -> np.ndarray:
     """(samples,) float32, the mean of the channels."""
     data = frame.to_ndarray()
     if not frame.format.is_planar:

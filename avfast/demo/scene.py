@@ -22,9 +22,10 @@ A longer work (a video made of one-second clips, a sentence of words) is a list 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class Source:
         """Of the circle around the shape, as a fraction of the frame's shorter side."""
         return RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** self.loudness
 
-    def semitones(self, time: Any, seconds: float) -> Any:
+    def semitones(self, time: float | np.ndarray, seconds: float) -> float | np.ndarray:
         """Distance from the mean pitch at ``time`` (a number or an array) in a clip of ``seconds``."""
         return self.glide * np.sin(2 * np.pi * self.glide_cycles * time / seconds + self.glide_phase)
 
@@ -198,7 +199,10 @@ class Scene:
         return _restore(cls, record)
 
 
-def _restore(kind: Any, record: dict[str, Any]) -> Any:
+Record = TypeVar("Record", Source, Scene)
+
+
+def _restore(kind: type[Record], record: dict[str, Any]) -> Record:
     expected = {f.name for f in fields(kind)}
     if set(record) != expected:
         unknown, missing = sorted(set(record) - expected), sorted(expected - set(record))
@@ -206,13 +210,13 @@ def _restore(kind: Any, record: dict[str, Any]) -> Any:
     return kind(**record)
 
 
-def read_scenes(path: Any) -> list[Scene]:
+def read_scenes(path: str | os.PathLike[str]) -> list[Scene]:
     """The scenes of a JSON-lines file, in its order."""
     with open(path, encoding="utf-8") as file:
         return [Scene.from_json(line) for line in file]
 
 
-def write_scenes(path: Any, scenes: Sequence[Scene]) -> None:
+def write_scenes(path: str | os.PathLike[str], scenes: Sequence[Scene]) -> None:
     """One scene per line."""
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(scene.to_json() + "\n" for scene in scenes)
