@@ -193,23 +193,24 @@ def read_manifest(
             missing are reported when they are read.
     """
     file = os.fspath(path)
+    where = f"manifest {file}"
     try:
         with open(file, encoding="utf-8-sig") as stream:
             content = json.load(stream)
     except OSError as error:
-        raise ValueError(f"manifest {file}: {error.strerror}") from None
+        raise ValueError(f"{where}: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"manifest {file}: not valid JSON: {error}") from None
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
     entries = content.get("data") if isinstance(content, dict) else None
     if not isinstance(entries, list):
-        raise ValueError(f'manifest {file}: expected {{"data": [...]}}, got {_kind(content)}')
+        raise ValueError(f'{where}: expected {{"data": [...]}}, got {_kind(content)}')
     if not entries:
-        raise ValueError(f"manifest {file}: its list of clips is empty")
+        raise ValueError(f"{where}: its list of clips is empty")
     classes = None if class_csv is None else _read_classes(class_csv)
     weights = [1.0] * len(entries) if weights_csv is None else _read_weights(weights_csv, len(entries), file)
     root = Path(file).absolute().parent
     clips = PackedClips(
-        _read_entry(entry, f"manifest {file}: entry {i}", root, classes, weight)
+        _read_entry(entry, f"{where}: entry {i}", root, classes, weight)
         for i, (entry, weight) in enumerate(zip(entries, weights, strict=True))
     )
     return ClipList(clips, classes.names if classes else ())
@@ -252,38 +253,34 @@ def _read_entry(entry: object, where: str, root: Path, classes: _Classes | None,
     return Clip(name, audio, video if is_file else None, labels, weight, None if is_file else video)
 
 
-def _rows(path: str | os.PathLike[str], what: str) -> Iterator[list[str]]:
+def _rows(path: str | os.PathLike[str], where: str) -> Iterator[list[str]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
             yield from (row for row in csv.reader(stream) if any(cell.strip() for cell in row))
     except OSError as error:
-        raise ValueError(f"{what} {os.fspath(path)}: {error.strerror}") from None
+        raise ValueError(f"{where}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{what} {os.fspath(path)}: not a readable CSV: {error}") from None
+        raise ValueError(f"{where}: not a readable CSV: {error}") from None
 
 
 def _read_classes(path: str | os.PathLike[str]) -> _Classes:
     """A name of several mids is followed by each one's mid."""
-    rows = list(_rows(path, "class CSV"))
+    where = f"class CSV {os.fspath(path)}"
+    rows = list(_rows(path, where))
     header = [cell.strip() for cell in rows[0]] if rows else []
     if header[:3] != ["index", "mid", "display_name"]:
-        raise ValueError(
-            f"class CSV {os.fspath(path)}: expected the header index,mid,display_name, "
-            f"got {','.join(header) or 'nothing'}"
-        )
+        raise ValueError(f"{where}: expected the header index,mid,display_name, got {','.join(header) or 'nothing'}")
     names: dict[int, str] = {}
     index: dict[str, int] = {}
     for number, row in enumerate(rows[1:], 2):
         if len(row) < 3 or not row[0].strip().isdecimal():
-            raise ValueError(
-                f"class CSV {os.fspath(path)}: row {number}: expected index,mid,display_name, got {','.join(row)}"
-            )
+            raise ValueError(f"{where}: row {number}: expected index,mid,display_name, got {','.join(row)}")
         position, mid = int(row[0]), row[1].strip()
         if position in names or mid in index:
-            raise ValueError(f"class CSV {os.fspath(path)}: row {number}: index {position} or mid {mid} occurs twice")
+            raise ValueError(f"{where}: row {number}: index {position} or mid {mid} occurs twice")
         names[position], index[mid] = row[2].strip(), position
     if sorted(names) != list(range(len(names))):
-        raise ValueError(f"class CSV {os.fspath(path)}: expected the indices 0 .. {len(names) - 1}, each once")
+        raise ValueError(f"{where}: expected the indices 0 .. {len(names) - 1}, each once")
     often = {name for name, count in Counter(names.values()).items() if count > 1}
     mids = {position: mid for mid, position in index.items()}
     shown = tuple(f"{names[i]} ({mids[i]})" if names[i] in often else names[i] for i in range(len(names)))
@@ -291,23 +288,17 @@ def _read_classes(path: str | os.PathLike[str]) -> _Classes:
 
 
 def _read_weights(path: str | os.PathLike[str], count: int, manifest: str) -> list[float]:
-    weights = []
-    for number, row in enumerate(_rows(path, "weights CSV"), 1):
+    where, weights = f"weights CSV {os.fspath(path)}", []
+    for number, row in enumerate(_rows(path, where), 1):
         try:
             weight = float(row[0])
         except ValueError:
-            raise ValueError(
-                f"weights CSV {os.fspath(path)}: line {number}: expected a number, got {row[0]!r}"
-            ) from None
+            raise ValueError(f"{where}: line {number}: expected a number, got {row[0]!r}") from None
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
-                f"weights CSV {os.fspath(path)}: line {number}: expected a weight of 0 or more, got {row[0]}"
-            )
+            raise ValueError(f"{where}: line {number}: expected a weight of 0 or more, got {row[0]}")
         weights.append(weight)
     if len(weights) != count:
-        raise ValueError(
-            f"weights CSV {os.fspath(path)}: expected {count} weights, one per clip of {manifest}, got {len(weights)}"
-        )
+        raise ValueError(f"{where}: expected {count} weights, one per clip of {manifest}, got {len(weights)}")
     return weights
 
 
