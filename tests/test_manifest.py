@@ -245,7 +245,7 @@ def test_held_out_clips_of_the_other_kind(tmp_path: Path, classes: Path) -> None
         assert sides[0].class_names == sides[1].class_names
     with pytest.raises(ValueError, match="--class_csv .* goes with a manifest"):
         data.sources(Config(data=(folder,), eval_data=(folder,), class_csv=str(classes)))
-    with pytest.raises(ValueError, match="--eval_data none: no such"):
+    with pytest.raises(ValueError, match="--eval_data: no such file or folder: none"):
         data.sources(Config(data=(folder,), eval_data=("none",)))
 
 

@@ -339,7 +339,7 @@ def test_a_loss_that_is_not_finite_names_step_and_clips(tmp_path, clips, monkeyp
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--data", "no/such/folder"], "no/such/folder: no such folder or manifest"),
+        (["--data", "no/such/folder"], "--data: no such file or folder: no/such/folder"),
         (["--data", "{train}", "--class_csv", "{short}"], "label"),
         (["--data", "{train}", "--class_csv", "no.csv"], "no.csv: No such file"),
         (["--data", "{empty}"], "no media files under"),
@@ -355,7 +355,10 @@ def test_a_loss_that_is_not_finite_names_step_and_clips(tmp_path, clips, monkeyp
             ["--data", "{train}", "--cuda_graph", "--device", "cpu"],
             "--cuda_graph needs a CUDA device, the run is on cpu",
         ),
-        (["--weights_csv", "x.csv", "--data", "{empty}"], "--weights_csv: expected 0"),
+        (
+            ["--weights_csv", "x.csv", "--data", "{empty}"],
+            "weights_csv: expected one CSV for each of the 0 manifests, got 1: x.csv",
+        ),
         (["--class_csv", "x.csv"], "--class_csv x.csv goes with a manifest"),
         (["--demo_set", "tny", "--clips", "3"], "unknown flag '--clips'"),
     ],

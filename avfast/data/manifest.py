@@ -39,7 +39,7 @@ def read_all(
     manifests = [path for path in paths if is_manifest(path)]
     if weights_csv and len(weights_csv) != len(manifests):
         raise ValueError(
-            f"weights: expected one CSV for each of the {len(manifests)} manifests, got {len(weights_csv)}: "
+            f"weights_csv: expected one CSV for each of the {len(manifests)} manifests, got {len(weights_csv)}: "
             f"{','.join(weights_csv)}"
         )
     weights = iter(weights_csv)

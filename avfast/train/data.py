@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -47,14 +46,11 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
 def read(
     paths: Sequence[str], class_csv: str | None = None, weights_csv: Sequence[str] = (), *, flag: str = "--data"
 ) -> ClipList:
-    """One list of the clips of several folders, media files and manifests; classes are united by name."""
-    for path in paths:
-        if not Path(path).exists():
-            raise SettingError(f"{flag} {path}: no such folder or manifest")
-    manifests = sum(map(is_manifest, paths))
-    if weights_csv and len(weights_csv) != manifests:
-        raise SettingError(f"--weights_csv: expected {manifests}, one CSV per manifest, got {len(weights_csv)}")
-    return read_all(paths, class_csv, weights_csv, source=flag)
+    """:func:`avfast.data.read_all`; what is wrong with a list is wrong with the setting that names it."""
+    try:
+        return read_all(paths, class_csv, weights_csv, source=flag)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
 
 
 def check_pairs(found: Modalities, contrasts: bool) -> None:
