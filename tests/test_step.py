@@ -30,7 +30,7 @@ from avfast.models.patched import shared_plan
 from avfast.ops import AttentionPlan
 from avfast.random import DrawKey
 from avfast.tensors import tensor_cache
-from avfast.train.graph import GraphedPass, capture
+from avfast.train.graph import STAY, GraphedPass, capture
 from avfast.train.trainer import Trainer
 
 _triangles, _htk_triangles = (vars(sys.modules["avfast.data.log_mel"])[x] for x in ("_triangles", "_htk_triangles"))
@@ -392,6 +392,31 @@ def test_a_replayed_pass_trains_as_the_plain_one():
     # not bit for bit: with several threads a matrix product depends on where its operands lie in memory
     assert_close("losses", got, want, 1e-5)
     assert_close("parameters", *(torch.cat([p.flatten() for p in side]) for side in (ours, parameters)), 1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_shapes_that_come_to_stay_replace_the_captured_ones(device):
+    """A new epoch may have other batches and ratios; an odd batch or two are run as they are."""
+    made, parameter = [], nn.Parameter(torch.ones(2, device=device))
+
+    def capturing(run):
+        made.append(passes.last[0]["x"][0][0])
+        return emulated(run) if device == "cpu" else capture(run)
+
+    def run(data, draws, parts):
+        loss = (data["x"] @ parameter + draws.ids).sum() / parts
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    passes = GraphedPass(run, [parameter], capturing)
+    captured = []
+    for step, size in enumerate([3, 3, 3, 2, 2, 3, *[5] * (STAY + 2), *[2] * (STAY - 1), 5, *[2] * STAY, 3]):
+        x, ones = torch.full((size, 2), float(step), device=device), torch.ones(1, device=device)
+        parameter.grad = None
+        loss = passes({"x": x}, Record("joint", ones), 1)["loss"]
+        assert loss == size * (2 * step + 1) and parameter.grad.tolist() == [size * step] * 2
+        captured.append(None if passes.captured is None else passes.inputs["x"].shape[0])
+    assert captured == [None, *[3] * (5 + STAY - 1), *[5] * (3 + STAY - 1 + 1 + STAY - 1), 2, 2] and made == [3, 5, 2]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from avfast.models.contract import Draws
 
+STAY = 8  # so many passes of other shapes in a row are no exception
+
 Pass = Callable[[dict[str, Tensor], Draws, int], dict[str, Tensor]]
 """``(inputs, draws, parts) -> losses`` without gradient; 1 / parts of the gradients is added to ``.grad``."""
 
@@ -35,7 +37,9 @@ def capture(run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Ca
 class GraphedPass:
     """A pass that is captured once its shapes come twice in a row; other shapes run as they are.
 
-    Multi-ratio masking gives the same shapes at every step. A last, smaller batch or a clip without sound does not.
+    Multi-ratio masking gives the same shapes at every step. A clip without sound does not; nor does a new epoch where
+    batches or ratios change with it: shapes that come ``STAY`` times in a row replace those captured before. There is
+    one graph at a time, as each holds the memory of a whole pass.
 
     Args:
         run: the pass. Nothing in it may wait for the device.
@@ -46,16 +50,17 @@ class GraphedPass:
     def __init__(self, run: Pass, parameters: Iterable[nn.Parameter], capture: Any = capture) -> None:
         self.run, self.parameters, self.capture = run, list(parameters), capture
         self.last: tuple | None = None
+        self.times = 0  # in a row that the last signature came
         self.captured: tuple | None = None
 
     def __call__(self, inputs: dict[str, Tensor], draws: Draws, parts: int) -> dict[str, Tensor]:
         """The losses; gradients are added as ``run`` adds them."""
         signature = ({name: (x.shape, x.dtype) for name, x in inputs.items()}, draws.signature, parts)
-        if signature != self.captured and (signature != self.last or self.captured is not None):
-            self.last = signature
+        self.times, self.last = self.times + 1 if signature == self.last else 1, signature
+        if signature != self.captured and self.times < (2 if self.captured is None else STAY):
             return self.run(inputs, draws, parts)
         before = [p.grad for p in self.parameters]
-        if self.captured is None:
+        if signature != self.captured:
             self.prepare(inputs, draws, parts)
             self.captured = signature
         for name, held in self.inputs.items():
@@ -80,7 +85,8 @@ class GraphedPass:
         return {name: value.clone() for name, value in self.losses.items()}
 
     def prepare(self, inputs: dict[str, Tensor], draws: Draws, parts: int) -> None:
-        """Captures the pass on copies of its inputs, with gradients of its own."""
+        """Captures the pass on copies of its inputs, with gradients of its own, in place of an earlier capture."""
+        self.losses, self.grads, self.replay = {}, [], lambda: None  # gives its memory back first
         self.inputs = {name: x.clone() for name, x in inputs.items()}
         self.draws = draws.to(next(iter(inputs.values())).device)
         for parameter in self.parameters:
