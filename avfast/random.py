@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+def progress(epoch: int, epochs: int) -> float:
+    """How far training is in an epoch (from 0): 0 in the first of ``epochs``, 1 in the last and after it.
+
+    It stands still within an epoch, and with it all that depends on it, shapes above all. 0 where there is one epoch.
+    """
+    return max(min(epoch, epochs - 1), 0) / max(epochs - 1, 1)
+
+
 @dataclass(frozen=True)
 class DrawKey:
     """Names the random choices of one step.
@@ -27,8 +35,8 @@ class DrawKey:
         positions: of the local samples in the global batch, each in ``0 .. total - 1``. A sample that was skipped
             leaves a hole.
         total: planned size of the global batch.
-        progress: of training at this step, 0 at its start to 1 at its end, for what changes on the way (a curriculum).
-            It names no random bits.
+        progress: of training, see :func:`progress`, for what changes on the way (a curriculum). It names no random
+            bits.
     """
 
     seed: int

@@ -37,7 +37,7 @@ from avfast.data.frontend import KaldiFrontend
 from avfast.data.manifest import read_folder
 from avfast.data.media import MediaError
 from avfast.data.spec import ClipSpec, even
-from avfast.random import DrawKey
+from avfast.random import DrawKey, progress
 
 FRONTEND = KaldiFrontend(num_frames=128, image_size=32)  # 1.295 s
 
@@ -262,9 +262,13 @@ def test_workers_change_nothing(folder: Path) -> None:
 def test_ranks_share_one_global_batch(folder: Path) -> None:
     clips = read_folder(folder)
     dataset = ClipDataset(clips, frontend=FRONTEND, train=True)
-    (whole,) = make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3))
+    (whole,) = make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3, epochs=5))
     parts = [
-        next(iter(make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3, rank=r, world_size=2))))
+        next(
+            iter(
+                make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3, epochs=5, rank=r, world_size=2))
+            )
+        )
         for r in range(2)
     ]
     assert whole.total == parts[0].total == 7 and whole.step == parts[1].step == 3
@@ -272,7 +276,7 @@ def test_ranks_share_one_global_batch(folder: Path) -> None:
     assert torch.equal(whole.frames, torch.cat([part.frames for part in parts]))
     assert whole.failures == parts[0].failures + parts[1].failures
     assert {*whole.positions} | {f.position for f in whole.failures} == set(range(7))
-    assert whole.key(9) == DrawKey(9, 3, whole.positions, 7, progress=0.75)
+    assert whole.key(9) == DrawKey(9, 3, whole.positions, 7, progress=0.25)  # of epoch 1
 
 
 def test_batch_without_a_sample(folder: Path) -> None:
@@ -371,11 +375,12 @@ def test_batches_that_grow_between_epochs() -> None:
 def test_a_loader_tells_each_batch_its_size_and_the_progress(folder: Path) -> None:
     clips = read_folder(folder / "b")
     dataset = ClipDataset(clips, frontend=FRONTEND, train=True)
-    batches = StepBatches(len(clips), lambda epoch: 2 + epoch, steps=5)  # which no worker could be sent
+    batches = StepBatches(len(clips), lambda epoch: 2 + epoch, steps=5, epochs=3)  # which no worker could be sent
     for workers in (0, 1):
         made = list(make_loader(dataset, batches, workers))
         assert [batch.total for batch in made] == [batches.plan(step)[0] for step in range(5)]
-        assert [batch.key(1).progress for batch in made] == [0.0, 0.2, 0.4, 0.6, 0.8]
+        assert [batch.key(1).progress for batch in made] == [progress(batches.epoch(step), 3) for step in range(5)]
+        assert made[0].progress == 0 and made[-1].progress > 0
 
 
 def test_weighted_sampling() -> None:
@@ -389,7 +394,7 @@ def test_weighted_sampling() -> None:
 def test_fewer_clips_than_a_batch() -> None:
     with pytest.warns(UserWarning, match="3 clips, fewer than a batch of 8: batches of 3"):
         batches = StepBatches(3, 8, steps=2)
-    assert batches.plan(1) == (3, 0.5) and sorted(batches.global_batch(1).tolist()) == [0, 1, 2]
+    assert batches.plan(1) == (3, 0.0) and sorted(batches.global_batch(1).tolist()) == [0, 1, 2]
     for wrong, message in (
         ({"sizes": 2, "world_size": 3, "rank": 2}, "2 clips leaves some of the 3 processes"),
         ({"sizes": 0}, "batch of at least 1"),

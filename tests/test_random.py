@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from avfast.random import DrawKey
+from avfast.random import DrawKey, progress
 
 
 @pytest.mark.parametrize("positions", [[0], [95], [3, 4, 9], [9, 2, 3], range(40, 96), []])
@@ -32,3 +32,8 @@ def test_the_progress_of_training_names_no_bits():
     later = replace(key, progress=0.5)
     assert key.progress == 0 and (key.bits("audio", 7) == later.bits("audio", 7)).all()
     assert key.generator("clip", 2).random() == later.generator("clip", 2).random()
+
+
+def test_progress_reaches_both_ends_and_stays_there():
+    assert [progress(epoch, 5) for epoch in range(7)] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert [progress(epoch, epochs) for epochs in (0, 1) for epoch in range(3)] == [0] * 6

@@ -11,9 +11,10 @@ from avfast.train.__main__ import resolve
 from avfast.train.config import Config, SettingError
 from avfast.train.recipes import RECIPES, demo
 from avfast.train.recipes.row import Row
+from avfast.train.schedule import learning_rate
 from avfast.train.setup import build_model
 from avfast.train.tables import ROWS, TITLES, listing, main
-from avfast.train.trainer import Trainer, learning_rate
+from avfast.train.trainer import Trainer
 
 TWINS = {
     "avsiam_base": "avsiam_tiny",

@@ -16,7 +16,7 @@ from avfast.train.evaluate import main as evaluate
 from avfast.train.log import plain_warnings
 from avfast.train.recipes import RECIPES, demo
 from avfast.train.setup import check_compiler
-from avfast.train.trainer import learning_rate, parameter_groups, unimodal_factor
+from avfast.train.trainer import parameter_groups
 
 
 def test_every_field_is_documented():
@@ -30,40 +30,6 @@ def test_recipes_survive_json(name, tmp_path):
     (tmp_path / "config.json").write_text(recipe.to_json())
     assert from_json(tmp_path / "config.json") == recipe
     assert resolve(["--config", str(tmp_path / "config.json")]) == recipe
-
-
-def test_step_decay_is_multi_step_lr():
-    import torch
-
-    recipe, per_epoch = RECIPES["avsiam_base_pretrain"](), 3
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.lr)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(range(10, 1000, 5)), gamma=0.5)
-    for epoch in range(20):
-        for step in range(per_epoch):
-            assert learning_rate(recipe, epoch * per_epoch + step, per_epoch, 60) == optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        scheduler.step()
-
-
-def test_warm_up_and_cosine():
-    config = Config(schedule="cosine", lr=1.0, warmup_steps=4, min_lr=0.1)
-    rates = [learning_rate(config, step, 10, 24) for step in range(25)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[14] == pytest.approx(0.55) and rates[24] == pytest.approx(0.1)
-
-
-def test_the_rate_grows_with_the_batch_and_warms_up_by_epochs():
-    config = Config(schedule="cosine", lr=1.5e-4, lr_batch=256, batch_size=64, accumulate=8, warmup_epochs=0.5)
-    rates = [learning_rate(config, step, 8, 100) for step in range(5)]
-    assert rates == pytest.approx([x * 3e-4 for x in (0.25, 0.5, 0.75, 1.0, 1.0)])
-    assert learning_rate(dataclasses.replace(config, warmup_steps=8), 3, 8, 100) == pytest.approx(1.5e-4)
-
-
-def test_the_ramp_is_half_a_cosine_over_a_share_of_training():
-    config = Config(unimodal_ramp=0.5)
-    assert [unimodal_factor(config, step, 40) for step in (0, 10, 20, 39)] == pytest.approx([0, 0.5, 1, 1])
-    assert unimodal_factor(config, 5, 40) == pytest.approx(0.1464466)
-    assert unimodal_factor(Config(), 0, 40) == 1 and unimodal_factor(config, 0, 0) == 1
 
 
 def test_groups_of_parameters():

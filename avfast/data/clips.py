@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from avfast.data.dataset import ClipDataset, Failure, Item, Sample
 from avfast.data.spec import ClipSpec
-from avfast.random import DrawKey
+from avfast.random import DrawKey, progress
 
 __all__ = [
     "BadFiles",
@@ -63,7 +63,7 @@ class Batch:
         short: (B,) bool, see :class:`Sample`.
         truncated: files met that end before their headers say.
         total: planned size of the global batch. It and ``progress`` are what the loader's sampler says.
-        progress: share of the training before this step.
+        progress: of training in this step's epoch, see :func:`avfast.random.progress`.
     """
 
     waveform: Tensor
@@ -116,6 +116,7 @@ class StepBatches:
             if that is so from the start.
         steps: end of the range of steps.
         start_step: its beginning; a resumed run begins where it left off.
+        epochs: planned for the training, what its progress refers to; steps may end before or go on after them.
         seed: of the permutations.
         rank, world_size: this process and how many there are.
         weights: (num_clips,) sampling weights.
@@ -128,6 +129,7 @@ class StepBatches:
         *,
         steps: int,
         start_step: int = 0,
+        epochs: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -143,6 +145,7 @@ class StepBatches:
         self.sizes = sizes
         self.steps = steps
         self.start_step = start_step
+        self.epochs = epochs
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -184,19 +187,24 @@ class StepBatches:
 
     def first_step(self, epoch: int) -> int:
         """The step with which an epoch begins; after so many steps every clip had its turn ``epoch`` times."""
+        if not callable(self.sizes):
+            return epoch * (self.num_clips // self.size(0))
         while len(self._firsts) <= epoch:
             self._firsts.append(self._firsts[-1] + self.num_clips // self.size(len(self._firsts) - 1))
         return self._firsts[epoch]
 
     def epoch(self, step: int) -> int:
         """The epoch that a step belongs to."""
+        if not callable(self.sizes):
+            return step // self.first_step(1)
         while self._firsts[-1] <= step:
             self.first_step(len(self._firsts))
         return bisect_right(self._firsts, step) - 1
 
     def plan(self, step: int) -> tuple[int, float]:
-        """Planned size of a step's global batch, and the progress of training: the share of ``steps`` before it."""
-        return self.size(self.epoch(step)), step / self.steps
+        """Planned size of a step's global batch, and the progress of training."""
+        epoch = self.epoch(step)
+        return self.size(epoch), progress(epoch, self.epochs)
 
     def global_batch(self, step: int) -> np.ndarray:
         """(size,) clip indices of a step, by position."""

@@ -186,6 +186,12 @@ class Model(Protocol):
     def has_unused_parameters(self) -> bool:
         """Whether a forward pass leaves some parameters without gradient (DDP must then look for them)."""
 
+    def visible(self, progress: float) -> float:
+        """The share of tokens that the encoders see on average, 1 - mask ratio, in (0, 1].
+
+        A function of the progress of training alone (:func:`avfast.random.progress`); constant without a curriculum.
+        """
+
     def draw(
         self,
         batch_size: int,

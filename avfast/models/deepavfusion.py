@@ -217,6 +217,12 @@ class DeepAVFusion(nn.Module):
         """Both inputs checked and as images, an absent one as zeros."""
         return patched.images(audio, visual, self.audio_size, self.img_size)
 
+    def visible(self, progress: float) -> float:
+        """Share of tokens that the encoders see; the same all through training."""
+        audio, visual = self.patch_embed_a.num_patches, self.patch_embed.num_patches
+        masked = audio * self.audio_mask_ratio + visual * self.visual_mask_ratio
+        return 1 - masked / (audio + visual)
+
     def draw(self, batch_size: int, generator: torch.Generator | None = None, **given: Any) -> FusionDraws:
         """Every random choice of a pass; for what can be given see :func:`avfast.models.patched.draw`."""
         shares = [(self.audio_mask_ratio, self.visual_mask_ratio)] * batch_size

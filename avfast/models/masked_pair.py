@@ -217,6 +217,11 @@ class MaskedPair(nn.Module):
         """Ratios, and the structure of the audio mask."""
         return self.mask_ratios, self.audio_structure
 
+    def visible(self, progress: float) -> float:
+        """Share of tokens that the encoders see, a mean over passes and ratios; the same all through training."""
+        ratios = [self.masking(only)[0] for only in self.passes]
+        return 1 - sum(sum(some) / len(some) for some in ratios) / len(ratios)
+
     def draw(self, batch_size: int, generator: torch.Generator | None = None, **given: Any) -> PairDraws:
         """Every random choice of a pass; for what can be given see :func:`avfast.models.patched.draw`."""
 

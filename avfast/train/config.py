@@ -2,7 +2,9 @@
 
 The parser is written by hand. What decides against tyro and jsonargparse: ``--model.x`` changes one entry of a recipe's
 ``model_args`` and takes its type from the constructor of the model that another setting names, in whatever order the
-two are given; tyro fixes types before it reads values, and jsonargparse asks for ``class_path`` and ``init_args``.
+two are given; tyro (1.0) fixes types before it reads values, and jsonargparse (4.53) takes any value for an entry of a
+dictionary or asks for ``class_path`` and ``init_args``. Of the rest, tyro would lose ``none``, ``a,b`` and errors of
+one line, jsonargparse ``none``, values without brackets, flags without a value, dashes and the nearest names.
 """
 
 from __future__ import annotations
@@ -84,6 +86,9 @@ class Config:
     epochs: float = free(20.0, "passes over the training clips", low=0)
     steps: int | None = free(None, "optimiser steps, in place of epochs; 0: evaluate the untrained model", low=0)
     batch_size: int = free(96, "clips per process and forward pass", low=1)
+    adaptive_batch: bool = setting(
+        False, "larger batches while more is masked, as many visible tokens in each; batch_size is the last epoch's"
+    )
     accumulate: int = setting(1, "forward passes per optimiser step (adds no contrastive negatives)", low=1)
     optimizer: Literal["adam", "adamw"] = setting("adam", "adam adds weight decay to the gradient, adamw to the weight")
     lr: float = setting(1e-4, "learning rate", low=0)

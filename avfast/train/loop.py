@@ -21,6 +21,7 @@ from avfast.train.evaluate import Neighbours
 from avfast.train.log import Log
 from avfast.train.monitor import Meter, Signals, Stopped
 from avfast.train.run import Run
+from avfast.train.schedule import Schedule, batch_sizes
 from avfast.train.setup import (
     build_model,
     check_clips,
@@ -34,7 +35,7 @@ from avfast.train.setup import (
 )
 from avfast.train.speed import backends, matmul_rate
 from avfast.train.summary import finish
-from avfast.train.trainer import Trainer, learning_rate, unimodal_factor
+from avfast.train.trainer import Trainer
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -119,22 +120,22 @@ def prepare(config: Config, device: torch.device, out: Path) -> Run:
         bad.reasons.update(state["bad_files"])
     batches = StepBatches(
         len(clips),
-        config.batch_size * world_size(),
+        batch_sizes(config, trainer.model.visible),
         steps=0,
+        epochs=ceil(config.epochs),
         seed=config.seed,
         rank=parallel.rank(),
         world_size=world_size(),
         weights=[clip.weight for clip in clips.clips] if config.weights_csv else None,
     )
-    per_epoch = batches.first_step(1) / config.accumulate
-    total = max(ceil(config.epochs * per_epoch) if config.steps is None else config.steps, start)
-    batches.start_step, batches.steps = start * config.accumulate, total * config.accumulate
+    schedule = Schedule(config, batches, start)
+    batches.start_step, batches.steps = start * config.accumulate, schedule.total * config.accumulate
     rate = sum(parallel.gather(matmul_rate(device, trainer.dtype))) if config.count_flops else None
     open_folder(config, out)
-    log = Log(out, total, start, config.tensorboard)
+    log = Log(out, schedule.total, start, config.tensorboard)
     return Run(
         config, out, trainer, train, held_out, clips, modalities=found, digest=digest, other_clips=others,
-        batches=batches, start=start, total=total, bad=bad, log=log, matmul_rate=rate,
+        batches=batches, start=start, schedule=schedule, bad=bad, log=log, matmul_rate=rate,
     )  # fmt: skip
 
 
@@ -148,9 +149,11 @@ def introduce(run: Run) -> None:
         f"{config.name}: {config.model} ({parameters:.1f}M parameters) on {trainer.device} in {precision}, "
         f"{backends(trainer.device)}{rate}"
     )
+    first, last = (run.batches.size(epoch) for epoch in (0, max(run.batches.epochs - 1, 0)))
+    changing = f" ({first} clips in the first epoch, {last} in the last)" if first != last else ""
     log.say(
-        f"{len(run.train)} clips, {len(run.held_out)} held out, {world_size()} x {config.batch_size} clips a step, "
-        f"{run.total} steps, run folder {run.out}"
+        f"{len(run.train)} clips, {len(run.held_out)} held out, {world_size()} x {config.batch_size} clips a step"
+        f"{changing}, {run.total} steps, run folder {run.out}"
     )
     if run.start:
         log.say(f"continuing after step {run.start}")
@@ -188,25 +191,28 @@ def open_clips(run: Run) -> Loader:
 
 def fit(run: Run, loader: Iterator[Batch], signals: Signals) -> float | None:
     """The training loop. Returns clips per second over all processes, probes and checkpoints left out."""
-    config, trainer, per_epoch = run.config, run.trainer, run.steps_per_epoch
+    config, trainer, schedule = run.config, run.trainer, run.schedule
     probe = None
     if config.neighbours_every and len(run.held_out) > 1 and run.held_out.class_names:
         probe = Neighbours(config, run.held_out, trainer.model.frontend)
-    every = config.checkpoint_every or max(round(per_epoch), 1)
-    probe_every = max(round((config.neighbours_every or 0) * per_epoch), 1)
     meter = Meter(run)
+    size = None
     signals.stepping = True
     for step in range(run.start, run.total):
         batches = meter.take(loader)
-        rate = learning_rate(config, step, per_epoch, run.total)
-        meter.add(step + 1, trainer.step(batches, rate, unimodal_factor(config, step, run.total)))
+        if config.compile and size not in (None, batches[0].total):
+            torch.compiler.reset()  # of one pass it keeps eight shapes, and the earlier ones do not come again
+        size = batches[0].total
+        rate, unimodal = schedule.rates(step)
+        meter.add(step + 1, trainer.step(batches, rate, unimodal))
         run.log.advance()
         last = step + 1 == run.total
         stopped = signals.asked(last)
-        saves = (step + 1) % every == 0 or last or stopped
-        probes = probe is not None and (step + 1) % probe_every == 0
+        due = (step + 1) % config.checkpoint_every == 0 if config.checkpoint_every else schedule.ends(step, 1)
+        saves = due or last or stopped
+        probes = probe is not None and schedule.ends(step, config.neighbours_every or 1)
         if saves or probes or (step + 1) % config.log_every == 0:
-            row = meter.close() | {"lr": rate, "epoch": (step + 1) / per_epoch}
+            row = meter.close() | {"lr": rate, "epoch": schedule.epochs(step + 1)}
             if probe is not None and probes:
                 row["neighbours"] = probe(whole_model(trainer), trainer.device)
             run.log.record(step + 1, row)

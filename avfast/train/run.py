@@ -14,6 +14,7 @@ from avfast.distributed import world_size
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config
 from avfast.train.log import Log
+from avfast.train.schedule import Schedule
 from avfast.train.trainer import Trainer
 
 
@@ -37,7 +38,7 @@ class Run:
         other_clips: whether they are others than those of the checkpoint it goes on from.
         batches: of all steps that are left.
         start: optimiser steps done before.
-        total: of the whole run.
+        schedule: of all its steps.
         bad: files that could not be decoded.
         log: its lines and metrics.
         matmul_rate: FLOP/s of matrix products on the devices of all processes; None where FLOPs are not counted.
@@ -54,15 +55,15 @@ class Run:
     other_clips: bool
     batches: StepBatches
     start: int
-    total: int
+    schedule: Schedule
     bad: BadFiles
     log: Log
     matmul_rate: float | None
 
     @property
-    def steps_per_epoch(self) -> float:
-        """Optimiser steps of a pass over the clips."""
-        return self.batches.first_step(1) / self.config.accumulate
+    def total(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.schedule.total
 
     def account(self, failures: list[Failure]) -> None:
         """Names each bad file once; ``failures`` are those of all processes.
@@ -83,7 +84,7 @@ class Run:
         state: dict[str, Any] = self.trainer.state() | {
             "step": step,
             "config": json.loads(self.config.to_json()),
-            "global_batch": self.config.batch_size * world_size(),
+            "global_batch": self.config.batch_size * world_size(),  # of the last epoch, with adaptive_batch
             "clips": self.digest,
             "bad_files": self.bad.reasons,
         }

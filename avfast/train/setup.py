@@ -75,9 +75,12 @@ def resume_point(config: Config, out: Path) -> Path | None:
 def check_same(config: Config, saved: dict[str, Any], path: Path) -> None:
     """Refuses to continue with settings that would make it another run."""
     old, new = saved["config"], json.loads(config.to_json())
-    changed = [
-        f"{k} {old.get(k)} -> {v}" for k, v in new.items() if not fields()[k].metadata["free"] and old.get(k) != v
-    ]
+    # an older checkpoint lacks the settings that came later, and ran with what are their defaults
+    old = json.loads(Config().to_json()) | old
+    kept = {k for k, field in fields().items() if not field.metadata["free"]}
+    if config.adaptive_batch:
+        kept.add("epochs")  # they say which clips make up which batch
+    changed = [f"{k} {old[k]} -> {v}" for k, v in new.items() if k in kept and old[k] != v]
     batch = config.batch_size * world_size()
     if batch != saved["global_batch"]:
         changed.append(f"clips per forward pass over all processes {saved['global_batch']} -> {batch}")

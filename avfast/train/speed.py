@@ -70,23 +70,27 @@ class Work:
     """FLOPs of an optimiser step for each of its clips: forward and backward passes without any recomputation.
 
     A copy of the model on ``meta`` counts them, once for each make-up of a batch: its clips, and how many of them have
-    audio and visual. Of the first few make-ups, that is; clips of others are taken to cost what these do on average.
+    audio and visual. Of the first few make-ups, that is; clips of others are taken to cost what these do on average. It
+    counts anew where the model sees another share of its tokens than before.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.known: dict[Any, float] = {}
+        self.visible, self.countable = 0.0, True
 
     def per_clip(self, batch: Batch) -> float:
         """Of a batch like this one; 0 where the model cannot run on ``meta``, which is warned about once."""
         key = (len(batch), int(batch.has_audio.sum()), int(batch.has_visual.sum()))
-        if key not in self.known and len(batch) and len(self.known) < MAKE_UPS:
+        if (visible := self.trainer.model.visible(batch.progress)) != self.visible:
+            self.visible, self.known = visible, {}
+        if key not in self.known and len(batch) and len(self.known) < MAKE_UPS and self.countable:
             try:
                 self.known[key] = self.count(batch) / len(batch)
             except Exception as error:  # a user's own model may ask for values; no run ends for a figure of speed
                 name = self.trainer.config.model
                 warnings.warn(f"no FLOP/s: {name} cannot be counted on meta: {error}", stacklevel=2)
-                self.known = dict.fromkeys(range(MAKE_UPS), 0.0)
+                self.known, self.countable = {}, False
         return self.known.get(key, sum(self.known.values()) / max(len(self.known), 1))
 
     def count(self, batch: Batch) -> int:

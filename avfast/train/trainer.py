@@ -1,8 +1,7 @@
-"""One optimiser step: passes, accumulation, mixed precision, learning rate."""
+"""One optimiser step: passes, accumulation, mixed precision, groups of parameters."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -17,31 +16,6 @@ from avfast.tensors import to_device
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config, SettingError
 from avfast.train.graph import GraphedPass, Pass
-
-
-def learning_rate(config: Config, step: int, steps_per_epoch: float, total: int) -> float:
-    """The learning rate of optimiser step ``step`` (from 0); a function of nothing else, so resuming needs no state.
-
-    The step schedule is ``MultiStepLR`` with milestones ``decay_start + i decay_every`` in finished epochs.
-    """
-    peak = config.lr
-    if config.lr_batch is not None:
-        peak *= config.batch_size * config.accumulate * world_size() / config.lr_batch
-    warmup = max(config.warmup_steps, round(config.warmup_epochs * steps_per_epoch))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if config.schedule == "step":
-        epoch = step // steps_per_epoch
-        decays = 0 if epoch < config.decay_start else int((epoch - config.decay_start) // config.decay_every) + 1
-        return peak * config.decay_rate**decays
-    share = (step - warmup) / max(total - warmup, 1)
-    return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
-
-
-def unimodal_factor(config: Config, step: int, total: int) -> float:
-    """What the learning rate of the unimodal parts is multiplied by: half a cosine from 0 to 1 (DeepAVFusion)."""
-    share = step / (config.unimodal_ramp * total) if config.unimodal_ramp * total else 1.0
-    return (1 - math.cos(math.pi * min(share, 1.0))) / 2
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
