@@ -262,15 +262,9 @@ def test_workers_change_nothing(folder: Path) -> None:
 def test_ranks_share_one_global_batch(folder: Path) -> None:
     clips = read_folder(folder)
     dataset = ClipDataset(clips, frontend=FRONTEND, train=True)
-    (whole,) = make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3, epochs=5))
-    parts = [
-        next(
-            iter(
-                make_loader(dataset, StepBatches(len(clips), 7, steps=4, start_step=3, epochs=5, rank=r, world_size=2))
-            )
-        )
-        for r in range(2)
-    ]
+    last = partial(StepBatches, len(clips), 7, steps=4, start_step=3, epochs=5)
+    (whole,) = make_loader(dataset, last())
+    parts = [next(iter(make_loader(dataset, last(rank=rank, world_size=2)))) for rank in range(2)]
     assert whole.total == parts[0].total == 7 and whole.step == parts[1].step == 3
     assert whole.positions == parts[0].positions + parts[1].positions
     assert torch.equal(whole.frames, torch.cat([part.frames for part in parts]))

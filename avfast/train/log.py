@@ -105,7 +105,8 @@ class Log:
 
         Args:
             step: optimiser steps done.
-            row: what :meth:`avfast.train.monitor.Meter.close` gives, with lr, epoch and, where probed, neighbours.
+            row: what :meth:`avfast.train.monitor.Meter.close` gives, with lr, epoch, batch (clips of the last
+                forward pass on all processes, on which a contrastive loss depends) and, where probed, neighbours.
         """
         if not self.active:
             return

@@ -212,7 +212,7 @@ def fit(run: Run, loader: Iterator[Batch], signals: Signals) -> float | None:
         saves = due or last or stopped
         probes = probe is not None and schedule.ends(step, config.neighbours_every or 1)
         if saves or probes or (step + 1) % config.log_every == 0:
-            row = meter.close() | {"lr": rate, "epoch": schedule.epochs(step + 1)}
+            row = meter.close() | {"lr": rate, "epoch": schedule.epochs(step + 1), "batch": size}
             if probe is not None and probes:
                 row["neighbours"] = probe(whole_model(trainer), trainer.device)
             run.log.record(step + 1, row)
