@@ -105,7 +105,7 @@ class Log:
 
         Args:
             step: optimiser steps done.
-            row: what :meth:`avfast.train.monitor.Meter.close` gives, with lr, epoch, batch (clips of the last
+            row: what :meth:`avfast.train.monitor.Meter.close` gives, with lr, epoch, batch (clips of the step's first
                 forward pass on all processes, on which a contrastive loss depends) and, where probed, neighbours.
         """
         if not self.active:
