@@ -166,8 +166,9 @@ def test_a_run_whose_batches_shrink(adaptive, tmp_path, capsys):
         run(replace(config, resume=str(tmp_path / "run/checkpoints/step-2"), out=str(tmp_path / "more"), epochs=4.0))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_it_goes_on_in_the_middle_of_an_epoch_bit_for_bit(accumulate, adaptive, tmp_path):
+    """With two passes a step, some steps begin in one epoch and end in the next."""
     whole = adaptive(tmp_path / "whole", accumulate=accumulate, checkpoint_every=1, keep_checkpoints=0)
     total, middle = (9, 3) if accumulate == 1 else (5, 2)
     assert run(whole)["steps"] == total
