@@ -105,16 +105,6 @@ def test_the_encoder_equals_the_published_form_with_pairs_formed(arch, layers):
                 assert_close(name, a, b, 1e-11, scale)
 
 
-def test_layers_and_final_tokens_belong_together():
-    model = small()
-    data = batch(2)
-    layers, final = model.encode_layers(*data), model.encode(*data)
-    assert len(layers) == 3
-    assert_close("audio", model.norm_a(layers[-1].audio), final.audio, 1e-13)
-    assert_close("visual", model.norm_v(layers[-1].visual), final.visual, 1e-13)
-    assert_close("fused", model.fusion_norm(layers[-1].fused), final.fused, 1e-13)
-
-
 def test_draws_keep_the_papers_shares_and_follow_the_key():
     with torch.device("meta"):
         big = create_model("deepavfusion_base", depth=1, decoder_depth=1)
@@ -316,7 +306,8 @@ def test_reconstructions_become_inputs_again():
             patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         perfect[name], wanted[name] = patches, inputs.float()
     shown = model.figures({"audio": audio, "visual": visual}, model.draw(2), Output(None, reconstruction=perfect))
-    for name, (_, seen, guess) in (("audio", shown.reconstruction.audio), ("visual", shown.reconstruction.visual)):
+    for name, found in (("audio", shown.reconstruction.audio), ("visual", shown.reconstruction.visual)):
+        seen, guess = found["masked"], found["reconstruction"]
         assert_close(name, guess, wanted[name], 1e-6)
         assert torch.isnan(seen).any() and ((seen == wanted[name]) | torch.isnan(seen)).all()
     raw, normed = (small(norm_pix_visual=flag)(audio, visual, model.draw(2, key=DrawKey(0, 0, range(2), 2))).losses

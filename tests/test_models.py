@@ -129,8 +129,10 @@ def test_figures_show_what_was_kept(model):
     data, draws = inputs(model), drawn(model, model.passes[-1])
     figures = model.figures(data, draws, model.eval()(**data, draws=draws))
     assert isinstance(figures, Figures) and figures.reconstruction is not None
+    assert figures.reconstruction.masked.keys() == data.keys()
     for name, shown in (("audio", figures.reconstruction.audio), ("visual", figures.reconstruction.visual)):
-        assert [x.shape for x in shown] == [data[name].shape] * 3
-        seen = ~torch.isnan(shown[1])
-        assert torch.equal(shown[0][seen], data[name][seen])
-        assert_close(name, shown[2][seen], shown[0][seen], 1e-6)
+        given, masked, guess = shown.values()
+        assert given.shape == masked.shape == guess.shape == data[name].shape and torch.equal(given, data[name])
+        seen = ~torch.isnan(masked)
+        assert torch.equal(masked[seen], given[seen])
+        assert_close(name, guess[seen], given[seen], 1e-6)

@@ -44,7 +44,9 @@ def test_reconstructions(tmp_path, drawn):
     model = create_model("avsiam_tiny", **MODEL, mask_ratios=[0.5])
     audio, visual = torch.randn(2, *model.audio_size), torch.randn(2, 3, 64, 64)
     shown = figures(model.eval(), audio, visual).reconstruction
-    assert [share.tolist() for share in shown.masked] == [[0.5, 0.5]] * 2
+    assert {side: share.tolist() for side, share in shown.masked.items()} == dict.fromkeys(
+        ("audio", "visual"), [0.5, 0.5]
+    )
     labels = Labels.of("demo: avsiam_tiny after 3 steps", CLIPS, [4, 5], model.frontend)
     draw_reconstructions(shown, labels, tmp_path / "x.png")
     said = texts(drawn[0])
@@ -82,8 +84,8 @@ def test_losses(tmp_path, drawn):
 
 
 def test_clips_of_which_nothing_is_masked_are_not_chosen(tmp_path, monkeypatch):
-    shares = [torch.tensor([0.0, 0.5, 0.5, 0.5, 0.0, 0.3]), torch.tensor([0.5, 0.5, 0.0, 0.2, 0.0, 0.1])]
-    found = Figures(Reconstruction([torch.arange(6.0)] * 3, [torch.arange(6.0)] * 3, shares))
+    a, v = torch.tensor([0.0, 0.5, 0.5, 0.5, 0.0, 0.3]), torch.tensor([0.5, 0.5, 0.0, 0.2, 0.0, 0.1])
+    found = Figures(Reconstruction({"input": torch.arange(6.0)}, {}, {"audio": a, "visual": v}))
     batch = SimpleNamespace(index=torch.arange(6), has_audio=torch.ones(6) > 0, has_visual=torch.ones(6) > 0)
     trainer = SimpleNamespace(config=replace(demo(), pictures=2), inputs=lambda *_, **__: ({"audio": None}, None))
     model, shown = MagicMock(), {}
@@ -91,7 +93,7 @@ def test_clips_of_which_nothing_is_masked_are_not_chosen(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "eval_loader", lambda *_: [batch])
     monkeypatch.setattr(summary, "draw_reconstructions", lambda rows, labels, path: shown.update(rows=rows, at=labels))
     summary.paint(trainer, model, CLIPS, tmp_path, "title")
-    assert shown["rows"].audio[0].tolist() == [1, 3] and [name[5] for name in shown["at"].names] == ["1", "3"]
+    assert shown["rows"].audio["input"].tolist() == [1, 3] and [name[5] for name in shown["at"].names] == ["1", "3"]
     trainer.config = replace(trainer.config, pictures=4)  # too few of them: others follow
     summary.paint(trainer, model, CLIPS, tmp_path, "title")
-    assert shown["rows"].audio[0].tolist() == [0, 1, 3, 5]
+    assert shown["rows"].audio["input"].tolist() == [0, 1, 3, 5]

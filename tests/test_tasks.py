@@ -125,10 +125,11 @@ def test_pooled_features_read_what_a_clip_has():
     batches = [[samples[7], samples[2]], [broken], [samples[5], samples[4]]]
     loader = [collate(batch, spec=model.frontend.spec, num_classes=4) for batch in batches]
     found = pooled(model, loader, "cpu")
-    assert found["index"].tolist() == [2, 4, 5, 7] and found["failures"] == [broken] and model.training
-    assert found["labels"].argmax(1).tolist() == [1, 3, 2, 0]
+    assert found.index.tolist() == [2, 4, 5, 7] and found.failures == [broken] and model.training
+    assert found.labels.argmax(1).tolist() == [1, 3, 2, 0]
+    assert found.have("audio", "visual").tolist() == [False, True, False, True] and not found.have("other").any()
     model.eval()
-    for row, index in enumerate(found["index"].tolist()):
+    for row, index in enumerate(found.index.tolist()):
         sample, (sound, pictures) = samples[index], has[index]
         audio = model.frontend.audio(sample.waveform[None]) if sound else None
         visual = model.frontend.visual(sample.frames[None]) if pictures else None
@@ -136,9 +137,9 @@ def test_pooled_features_read_what_a_clip_has():
             features = model.encode(audio, visual)
         for kind in KINDS:
             tokens = getattr(features, kind)
-            assert found[f"has_{kind}"][row] == (tokens is not None)
+            assert found.present[kind][row] == (tokens is not None)
             want = torch.zeros(32) if tokens is None else tokens[0].mean(0)
-            torch.testing.assert_close(found[kind][row], want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.features[kind][row], want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no clip could be read"):
         pooled(model, [collate([broken], spec=model.frontend.spec)], "cpu")
 

@@ -38,7 +38,7 @@ def test_a_run_ends_with_probes_neighbours_and_pictures(tmp_path, clips, capsys)
     assert {"audio", "visual", "fused", "sum", "chance"} <= set(summary["neighbours"])
     printed = capsys.readouterr().out
     assert "linear probe" in printed and "audio to visual" not in printed
-    for name in ("loss.png", "reconstruction.png", "fusion.png"):
+    for name in ("loss.png", "reconstruction.png", "attention.png"):
         assert (tmp_path / "run" / name).read_bytes()[:4] == b"\x89PNG"
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert set(rows[-1]["losses"]) == {"reconstruction_audio", "reconstruction_visual"}

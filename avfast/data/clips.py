@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from avfast.data.dataset import ClipDataset, Failure, Item, Sample
 from avfast.data.spec import ClipSpec
 from avfast.random import DrawKey, progress
+from avfast.tensors import to_device
 
 __all__ = [
     "BadFiles",
@@ -88,9 +89,9 @@ class Batch:
         """The key of this batch's draws."""
         return DrawKey(seed, self.step, self.positions, self.total, self.progress)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """This batch with its tensors on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Batch:
+        """This batch with its tensors on ``device``; no copy waits for it, see :func:`avfast.tensors.to_device`."""
+        return self._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> Batch:
         """This batch in page-locked memory (the hook of torch's DataLoader)."""

@@ -162,11 +162,6 @@ class Frontend:
         mean, std = _imagenet(frames.device)
         return self.frames.shaped((frames.float() - 255 * mean) / (255 * std))
 
-    def visual_to_uint8(self, frames: Tensor) -> Tensor:
-        """Undoes :meth:`visual` of (..., 3, H, W), rounded and clipped to uint8, for pictures."""
-        mean, std = _imagenet(frames.device)
-        return (255 * (frames.float() * std + mean)).round().clamp(0, 255).byte()
-
 
 class KaldiFrontend(Frontend):
     """Kaldi filter banks, padded and normalised, and ImageNet-normalised pictures, as CAV-MAE and AVSiam use them.

@@ -115,43 +115,46 @@ class Reconstruction:
     """What a model saw of a batch and made of it, on the CPU.
 
     Args:
-        audio: input, masked input and reconstruction ``(B, frames, mels)``. Masked patches of the second are NaN;
-            visible ones of the third are those of the input.
-        visual: likewise ``(B, 3, H, W)``.
-        masked: ``(B,)`` share of masked patches, of audio and of visual.
+        audio: by title, what is shown of each clip ``(B, frames, mels)``: the input, then what of it was seen and what
+            was made of it. What is not known is NaN. Empty for a model that does not listen.
+        visual: likewise ``(B, 3, H, W)``; of a video the frame in its middle.
+        masked: by modality, ``(B,)`` share of masked patches.
     """
 
-    audio: Sequence[Tensor]
-    visual: Sequence[Tensor]
-    masked: Sequence[Tensor]
+    audio: Mapping[str, Tensor]
+    visual: Mapping[str, Tensor]
+    masked: Mapping[str, Tensor]
 
     def select(self, rows: Tensor) -> Reconstruction:
         """Some clips of the batch."""
-        return Reconstruction(*([x[rows] for x in part] for part in (self.audio, self.visual, self.masked)))
+        return Reconstruction(
+            *({k: x[rows] for k, x in part.items()} for part in (self.audio, self.visual, self.masked))
+        )
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Where tokens that read both modalities look, on the CPU.
+    """Where tokens that read a whole modality look, on the CPU; None and empty for a modality that is not shown.
 
     Args:
         audio: ``(B, frames, mels)``.
         visual: ``(B, 3, H, W)``.
         p: by layer, weights ``(B, mel patches, time patches)`` over the audio's patches.
-        r: by layer, ``(B, rows, columns)`` over the picture's.
+        r: by layer, ``(B, rows, columns)`` over the frame's.
         legend: what the weights are.
     """
 
-    audio: Tensor
-    visual: Tensor
+    audio: Tensor | None
+    visual: Tensor | None
     p: Mapping[int, Tensor]
     r: Mapping[int, Tensor]
     legend: str
 
     def select(self, rows: Tensor) -> AttentionMaps:
         """Some clips of the batch."""
+        audio, visual = (None if x is None else x[rows] for x in (self.audio, self.visual))
         p, r = ({layer: x[rows] for layer, x in part.items()} for part in (self.p, self.r))
-        return AttentionMaps(self.audio[rows], self.visual[rows], p, r, self.legend)
+        return AttentionMaps(audio, visual, p, r, self.legend)
 
 
 @dataclass(frozen=True)
@@ -163,16 +166,21 @@ class Figures:
 
 
 class Model(Protocol):
-    """A model as training, evaluation, pictures and tasks see it; it is an :class:`~torch.nn.Module` as well.
+    """A model as training, evaluation, pictures and tasks see it: an :class:`~torch.nn.Module` with these members.
 
-    ``passes`` are the forward passes of a step, with an optimiser each; usually ``("joint",)``. ``contrasts`` says
-    whether a loss tells pairs of audio and visual apart, so that clips of one modality do not train it and retrieval
-    can be measured. ``sources`` are what :meth:`load_pretrained` takes.
+    Its inputs are named tensors, which its front end makes of a batch: ``audio`` ``(B, frames, mels)``, ``visual``
+    ``(B, 3, H, W)``, ``(B, 3, T, H, W)`` ..., and what else it wants. It need not take both modalities.
     """
 
     training: bool
-    passes: tuple[str, ...]
-    sources: tuple[str, ...]
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The forward passes of a step, with an optimiser each; usually ``("joint",)``."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What :meth:`load_pretrained` takes."""
 
     @property
     def frontend(self) -> Frontend:
@@ -180,7 +188,10 @@ class Model(Protocol):
 
     @property
     def contrasts(self) -> bool:
-        """See above."""
+        """Whether a loss tells pairs of audio and visual apart.
+
+        Clips of one modality do not train it then, and retrieval can be measured.
+        """
 
     @property
     def has_unused_parameters(self) -> bool:
@@ -195,7 +206,6 @@ class Model(Protocol):
     def draw(
         self,
         batch_size: int,
-        generator: torch.Generator | None = None,
         *,
         key: DrawKey | None = None,
         only: str | None = None,
@@ -204,32 +214,47 @@ class Model(Protocol):
     ) -> Draws:
         """Every random choice of a pass, on the CPU; same key, same result, whatever the split over processes.
 
-        What else a model can be given here is not drawn.
+        What else a model can be given here is not drawn. ``has_audio`` and ``has_visual`` say per instance what a clip
+        has. The input of one that lacks it holds zeros or silence, which no loss may count.
         """
 
-    def train(self, mode: bool = True) -> Any:
-        """As of every module."""
-
-    def eval(self) -> Any:
-        """Likewise."""
-
     def __call__(self, *inputs: Any, **named: Any) -> Output:
-        """One pass over ``audio`` ``(B, frames, mels)``, ``visual`` ``(B, 3, H, W)`` ... and ``draws``."""
+        """One pass over the inputs, with ``draws``."""
 
-    def encode(self, audio: Tensor | None = None, visual: Tensor | None = None) -> Features:
-        """Token features after the final norms, without masking."""
+    def encode(self, *inputs: Any, **named: Any) -> Features:
+        """Token features of ``audio``, of ``visual`` or of both, after the final norms, without masking."""
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> Mapping[str, Sequence[nn.Parameter]]:
         """The parameters by what training treats alike; ``--unimodal_ramp`` holds ``"unimodal"`` ones back."""
 
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks, the units of sharding."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them."""
 
-    def load_pretrained(self, **sources: Any) -> None:
+    def load_pretrained(self, *sources: Any, **named: Any) -> None:
         """Start from weights of elsewhere: ``image``, ``audio`` ... (a checkpoint or a state dict), see ``sources``."""
 
-    def figures(self, inputs: dict[str, Tensor], draws: Draws, output: Output) -> Figures:
-        """What can be shown of the output of a pass in evaluation mode."""
+    def figures(self, inputs: dict[str, Tensor], draws: Any, output: Output) -> Figures:
+        """What can be shown of the output of a pass in evaluation mode; ``draws`` are the pass's."""
+
+    # Of every module.
+
+    def train(self, mode: bool = True) -> Any:  # noqa: D102
+        ...
+
+    def eval(self) -> Any:  # noqa: D102
+        ...
+
+    def to(self, device: torch.device) -> Any:  # noqa: D102
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:  # noqa: D102
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:  # noqa: D102
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:  # noqa: D102
+        ...

@@ -347,15 +347,6 @@ class DeepAVFusion(nn.Module):
         a, v, tokens = self.finish(*self.run(images, draws))
         return patched.features(a, v, draws.batch_order(tokens), draws, audio is not None, visual is not None)
 
-    def encode_layers(
-        self, audio: Tensor | None = None, visual: Tensor | None = None, **keep: Keep | None
-    ) -> list[Features]:
-        """As :meth:`encode`, after each layer and before the final norms."""
-        draws, states = self.trace(audio, visual, **keep)
-        given = audio is not None, visual is not None
-        layers = [(add(*a), add(*v), draws.batch_order(tokens)) for a, v, tokens in states[1:]]
-        return [patched.features(*layer, draws, *given) for layer in layers]
-
     @torch.no_grad()
     def fusion_attention(
         self, audio: Tensor | None = None, visual: Tensor | None = None, **keep: Keep | None

@@ -353,7 +353,8 @@ def reconstruction_figure(
     """
     if not predicted:
         return None
-    shown: dict[str, Any] = {}
+    shown: dict[str, dict[str, Tensor]] = {}
+    hidden: dict[str, Tensor] = {}
     for name, kept, *_ in draws.sides():
         part, image, guess = parts[name], inputs[name], predicted[name].to(inputs[name].dtype)
         patches = patchify(image, part.patch_size)
@@ -363,6 +364,7 @@ def reconstruction_figure(
             guess = guess * deviation + mean
         seen = (patches.masked_fill(masked, torch.nan), patches.where(~masked, guess))
         rows = [image, *(unpatchify(x, part.grid_size, part.patch_size) for x in seen)]
-        shown[name] = [(x.squeeze(1).transpose(1, 2) if name == "audio" else x).float().cpu() for x in rows]
-        shown.setdefault("masked", []).append(masked.float().mean((1, 2)).cpu())
-    return Reconstruction(**shown)
+        rows = [(x.squeeze(1).transpose(1, 2) if name == "audio" else x).float().cpu() for x in rows]
+        shown[name] = dict(zip(("input", "masked", "reconstruction"), rows, strict=True))
+        hidden[name] = masked.float().mean((1, 2)).cpu()
+    return Reconstruction(shown["audio"], shown["visual"], hidden)

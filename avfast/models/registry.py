@@ -9,6 +9,7 @@ from typing import Any
 
 from avfast.models.avsiam import AVSiam
 from avfast.models.cav_mae import CAVMAE
+from avfast.models.contract import Model
 from avfast.models.deepavfusion import DeepAVFusion
 
 TINY = {
@@ -18,7 +19,7 @@ TINY = {
 LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 HUGE = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
 
-PRESETS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+PRESETS: dict[str, tuple[Callable[..., Model], dict[str, Any]]] = {
     "avsiam_tiny": (AVSiam, {**TINY, "depth": 4}),
     "avsiam_base": (AVSiam, {}),
     "avsiam_large": (AVSiam, LARGE),

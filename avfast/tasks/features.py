@@ -4,94 +4,137 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from avfast.data.clips import Batch, Failure
 from avfast.distributed import world_size
-from avfast.models import Model
+from avfast.models import Features, Model
+from avfast.packing import PackedTokens
 
 KINDS = ("audio", "visual", "fused")
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One vector per clip and kind of token, on the CPU, in the order of the clips' index.
+
+    Args:
+        index: ``(N,)`` int64, which clips.
+        labels: ``(N, C)`` multi-hot, None without classes.
+        features: by kind, ``(N, D)`` float32; zeros where a clip lacks a modality that they need. A kind that no clip
+            has is not there.
+        present: by the same kinds, ``(N,)`` bool, which clips have it.
+        failures: the clips that could not be read.
+    """
+
+    index: Tensor
+    labels: Tensor | None
+    features: dict[str, Tensor]
+    present: dict[str, Tensor]
+    failures: list[Failure]
+
+    def have(self, *kinds: str) -> Tensor:
+        """``(N,)`` bool, which clips have all these kinds."""
+        none = torch.zeros(len(self.index), dtype=torch.bool)
+        return torch.stack([self.present.get(kind, none) for kind in kinds]).all(0)
+
+    def labelled(self, *kinds: str) -> tuple[dict[str, Tensor], Tensor]:
+        """Features of these kinds and labels, of the clips that have a class and all the kinds."""
+        labels = torch.zeros(len(self.index), 0, dtype=torch.float32) if self.labels is None else self.labels
+        usable = self.have(*kinds) & (labels.sum(1) > 0)
+        return {kind: self.features[kind][usable] for kind in kinds if kind in self.features}, labels[usable]
 
 
 @torch.no_grad()
 def pooled(
     model: Model,
-    loader: Iterable[Any],
+    loader: Iterable[Batch],
     device: torch.device | str,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> dict[str, Any]:
+) -> Pooled:
     """Mean over the tokens of ``model.encode`` for every clip of ``loader``, gathered from all processes.
 
-    A clip is encoded with all the modalities it has. In models that fuse early, its audio tokens have then met the
-    picture and the other way round, as in DeepAVFusion's own probes; elsewhere they have not.
+    A clip is encoded with all the modalities it has, of those that the model takes. In models that fuse early, its
+    audio tokens have then met the frame and the other way round, as in DeepAVFusion's own probes; elsewhere they have
+    not.
 
     Args:
-        model: with ``encode`` and ``frontend``; evaluated in eval mode, its mode is restored.
-        loader: of :class:`avfast.data.clips.Batch`; in a distributed run each process brings its share.
+        model: evaluated in eval mode, its mode is restored.
+        loader: in a distributed run each process brings its share.
         device: where the model lives.
         autocast: context under which the model runs.
-
-    Returns:
-        On the CPU and in the order of the clips' index: ``audio``, ``visual`` and ``fused`` ``(N, D)`` float32 (zeros
-        where a clip lacks a modality that they need), ``has_audio``, ``has_visual`` and ``has_fused`` ``(N,)`` bool,
-        ``labels`` ``(N, C)`` or None, ``index`` ``(N,)`` int64, and ``failures``, the list of clips that could not be
-        read.
 
     Raises:
         ValueError: where no clip could be read.
     """
     training = model.training
     model.eval()
-    rows: dict[str, list[Tensor]] = {"index": [], "labels": []}
-    for kind in KINDS:
-        rows |= {kind: [], f"index_{kind}": []}
-    failures: list[Any] = []
+    index: list[Tensor] = []
+    labels: list[Tensor] = []
+    failures: list[Failure] = []
+    rows: dict[str, list[Tensor]] = {}
+    places: dict[str, list[Tensor]] = {}
     for batch in loader:
         failures.extend(batch.failures)
-        if not len(batch.index):
+        if not len(batch):
             continue
-        audio = model.frontend.audio(batch.waveform.to(device), batch.num_samples.to(device))
-        visual = model.frontend.visual(batch.frames.to(device))
-        has_audio, has_visual = torch.as_tensor(batch.has_audio), torch.as_tensor(batch.has_visual)
-        index = torch.as_tensor(batch.index)
+        inputs = model.frontend(batch.to(device))
+        has = {"audio": batch.has_audio, "visual": batch.has_visual}
+        has = {name: there for name, there in has.items() if name in inputs}
         # clips that have the same modalities together: a blank partner must not leak into what the other one gives
-        for with_audio, with_visual in ((True, True), (True, False), (False, True)):
-            some = ((has_audio == with_audio) & (has_visual == with_visual)).nonzero()[:, 0]
-            if not len(some):
+        table = torch.stack(list(has.values()), 1)
+        for made_up in table.unique(dim=0).flip(0):
+            if not made_up.any():
                 continue
-            place = some.to(device)
+            some = (table == made_up).all(1).nonzero()[:, 0]
+            absent = {name for name, there in zip(has, made_up.tolist(), strict=True) if not there}
             with autocast():
-                found = model.encode(audio[place] if with_audio else None, visual[place] if with_visual else None)
-            for kind in KINDS:
-                if (tokens := getattr(found, kind)) is not None:
-                    rows[kind].append(tokens.float().mean(1).cpu())
-                    rows[f"index_{kind}"].append(index[some])
-        rows["index"].append(index)
+                given = {name: x[some.to(x.device)] for name, x in inputs.items() if name not in absent}
+                found = model.encode(**given)
+            for kind, vectors in _means(found).items():
+                rows.setdefault(kind, []).append(vectors.float().cpu())
+                places.setdefault(kind, []).append(batch.index[some])
+        index.append(batch.index)
         if batch.labels is not None:
-            rows["labels"].append(batch.labels)
+            labels.append(batch.labels)
     model.train(training)
-    return _gather({name: torch.cat(parts) for name, parts in rows.items() if parts}, failures)
+    own = {kind: (torch.cat(rows[kind]), torch.cat(places[kind])) for kind in rows}
+    return _gather((index, labels, own, failures))
 
 
-def _gather(local: dict[str, Tensor], failures: list[Any]) -> dict[str, Any]:
-    shares: list[Any] = [(local, failures)]
+def _means(found: Features) -> dict[str, Tensor]:
+    """``(B, D)`` by kind."""
+    tokens = {kind: x for kind, x in zip(KINDS, (found.audio, found.visual, found.fused), strict=True) if x is not None}
+    return {
+        kind: x.mean(torch.float32) if isinstance(x, PackedTokens) else x.float().mean(1) for kind, x in tokens.items()
+    }
+
+
+_Share = tuple[list[Tensor], list[Tensor], dict[str, tuple[Tensor, Tensor]], list[Failure]]
+
+
+def _gather(local: _Share) -> Pooled:
+    shares: list[_Share] = [local]
     if world_size() > 1:
-        shares = [None] * world_size()
-        dist.all_gather_object(shares, (local, failures))
-    filled = [part for part, _ in shares if part]
-    if not filled:
+        shares = [local] * world_size()
+        dist.all_gather_object(shares, local)
+    if not any(share[2] for share in shares):
         raise ValueError("no clip could be read: there are no features")
-    names = dict.fromkeys(name for part in filled for name in part)
-    all_rows = {name: torch.cat([part[name] for part in filled if name in part]) for name in names}
-    index, order = all_rows["index"].sort()
-    found: dict[str, Any] = {"index": index, "labels": all_rows["labels"][order] if "labels" in all_rows else None}
-    width = next(all_rows[kind].shape[1] for kind in KINDS if kind in all_rows)
+    index, order = torch.cat([x for share in shares for x in share[0]]).sort()
+    labels = [x for share in shares for x in share[1]]
+    features: dict[str, Tensor] = {}
+    present: dict[str, Tensor] = {}
     for kind in KINDS:
-        values = all_rows.get(kind, torch.zeros(0, width, dtype=torch.float32))
-        place = torch.searchsorted(index, all_rows.get(f"index_{kind}", index[:0]))
-        found[kind] = torch.zeros(len(index), values.shape[1], dtype=torch.float32).index_copy(0, place, values)
-        found[f"has_{kind}"] = torch.zeros(len(index), dtype=torch.bool).index_fill(0, place, True)
-    return found | {"failures": [failure for _, more in shares for failure in more]}
+        found = [share[2][kind] for share in shares if kind in share[2]]
+        if not found:
+            continue
+        values, places = (torch.cat(part) for part in zip(*found, strict=True))
+        place = torch.searchsorted(index, places)
+        features[kind] = values.new_zeros(len(index), values.shape[1]).index_copy(0, place, values)
+        present[kind] = torch.zeros(len(index), dtype=torch.bool).index_fill(0, place, True)
+    failures = [failure for share in shares for failure in share[3]]
+    return Pooled(index, torch.cat(labels)[order] if labels else None, features, present, failures)

@@ -12,15 +12,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from avfast.data.clips import ClipDataset, Failure, eval_loader
+from avfast.data.frontend import Frontend
 from avfast.data.manifest import ClipList
 from avfast.models import Model
-from avfast.tasks.features import KINDS, pooled
+from avfast.tasks.features import KINDS, Pooled, pooled
 from avfast.tasks.knn import nearest_neighbour
 from avfast.tasks.probe import linear_probe
 from avfast.tasks.retrieval import retrieval
@@ -34,11 +35,9 @@ USAGE = "python -m avfast.train.evaluate RUN [--field value ...]"
 CLIPS = {"data", "class_csv", "eval_data", "eval_fraction", "eval_clips", "demo_set", "demo_clips"}
 
 
-def features(model: Model, config: Config, clips: ClipList | ClipDataset, device: torch.device) -> dict[str, Any]:
+def features(model: Model, config: Config, clips: ClipList | ClipDataset, device: torch.device) -> Pooled:
     """Pooled features of every clip without augmentation, see :func:`avfast.tasks.features.pooled`."""
-    dataset = clips
-    if isinstance(clips, ClipList):
-        dataset = ClipDataset(clips, frontend=model.frontend, train=False, seed=config.seed)
+    dataset = clips if isinstance(clips, ClipDataset) else judged(clips, config, model.frontend)
     loader = eval_loader(
         dataset, config.batch_size, config.workers, rank=parallel.rank(), world_size=parallel.world_size()
     )
@@ -63,31 +62,31 @@ def evaluate(
         scores["notes"].append(f"{len(held_out)} clips held out; give --eval_data or a larger --eval_fraction")
         return scores, []
     test = features(model, config, held_out, device)
-    failures = list(test["failures"])
-    broken = [kind for kind in KINDS if not torch.isfinite(test[kind]).all()]
+    failures = list(test.failures)
+    broken = [kind for kind, x in test.features.items() if not torch.isfinite(x).all()]
     if broken:
         scores["diverged"] = f"the {' and '.join(broken)} features are not finite"
         scores["notes"].append(f"{scores['diverged']}: no scores")
         return scores, failures
-    pairs = test["has_audio"] & test["has_visual"]
+    pairs = test.have("audio", "visual")
     if not model.contrasts:
         scores["notes"].append("the model does not contrast sound and pictures: no retrieval")
     elif pairs.sum() < 2:
         scores["notes"].append("fewer than 2 held-out clips have both sound and pictures: no retrieval")
     else:
-        audio, visual = test["audio"][pairs], test["visual"][pairs]
+        audio, visual = test.features["audio"][pairs], test.features["visual"][pairs]
         scores["retrieval"] = retrieval(audio, visual)
-        groups = group_ids(held_out, test["index"][pairs], config.group_parts)
+        groups = group_ids(held_out, test.index[pairs], config.group_parts)
         if groups is not None and len(groups.unique()) < len(groups):
             scores["retrieval"]["within_group"] = retrieval(audio, visual, groups)
     scores["neighbours"] = neighbours(test, scores["notes"])
-    if test["labels"] is None or not config.probe_clips:
+    if test.labels is None or not config.probe_clips:
         scores["notes"].append(
             "the clips have no classes: no linear probe" if config.probe_clips else "probe_clips is 0: no linear probe"
         )
         return scores, failures
     fitted = features(model, config, data.first(train, config.probe_clips), device)
-    failures += fitted["failures"]
+    failures += fitted.failures
     scores["probe"] = probes(fitted, test, config.probe_l2, scores["notes"])
     return scores, failures
 
@@ -97,17 +96,20 @@ def nothing() -> dict[str, Any]:
     return {"retrieval": None, "probe": None, "neighbours": None, "notes": [], "diverged": None}
 
 
-def neighbours(found: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
+def neighbours(found: Pooled, notes: list[str]) -> dict[str, Any] | None:
     """:func:`avfast.tasks.knn.nearest_neighbour` among the clips that have a class and every kind of features."""
-    if found["labels"] is None:
+    if found.labels is None:
         return None
-    kinds = [kind for kind in KINDS if found[f"has_{kind}"].any()]
-    usable = torch.stack([found[f"has_{kind}"] for kind in kinds]).all(0) & (found["labels"].sum(1) > 0)
     try:
-        return nearest_neighbour({kind: found[kind][usable] for kind in kinds}, found["labels"][usable])
+        return nearest_neighbour(*found.labelled(*found.features))
     except ValueError as error:
         notes.append(f"nearest neighbours: {error}")
         return None
+
+
+def judged(clips: ClipList, config: Config, frontend: Frontend, cache: bool = False) -> ClipDataset:
+    """The clips as a model is judged by them, without augmentation."""
+    return ClipDataset(clips, frontend=frontend, train=False, seed=config.seed, cache=cache)
 
 
 class Neighbours:
@@ -119,38 +121,41 @@ class Neighbours:
         frontend: of the model.
     """
 
-    def __init__(self, config: Config, held_out: ClipList, frontend: Any) -> None:
+    def __init__(self, config: Config, held_out: ClipList, frontend: Frontend) -> None:
         self.config = config
         clips = data.first(held_out, config.eval_clips)
-        self.dataset = ClipDataset(clips, frontend=frontend, train=False, seed=config.seed, cache=config.cache_media)
+        self.dataset = judged(clips, config, frontend, config.cache_media)
 
     def __call__(self, model: Model, device: torch.device) -> dict[str, Any] | None:
         """What :func:`neighbours` gives now. Every process must call it."""
         return neighbours(features(model, self.config, self.dataset, device), [])
 
 
-def probes(train: dict[str, Any], test: dict[str, Any], l2: float, notes: list[str]) -> dict[str, Any] | None:
+def probes(train: Pooled, test: Pooled, l2: float, notes: list[str]) -> dict[str, Any] | None:
     """Linear probes of the joint features (audio and visual side by side) and of each kind of features alone.
 
     Returns:
-        The joint probe's figures, and the score of the others under ``fused``, ``audio`` and ``visual``. Each probe
-        uses the clips that have the modalities it reads.
+        The figures of the first that can be fitted, joint ones where there are, its name as ``of``; and the score of
+        the others under ``fused``, ``audio`` and ``visual``. Each probe uses the clips that have the modalities it
+        reads.
     """
+    kinds = [kind for kind in ("fused", "audio", "visual") if kind in train.features.keys() | test.features.keys()]
+    joint = {"joint": ("audio", "visual")} if {"audio", "visual"} <= {*kinds} else {}
     found: dict[str, Any] = {}
-    for name in ("joint", "fused", "audio", "visual"):
-        sides = []
-        for rows in (train, test):
-            parts = ("audio", "visual") if name == "joint" else (name,)
-            usable = torch.stack([rows[f"has_{part}"] for part in parts]).all(0) & (rows["labels"].sum(1) > 0)
-            sides += [torch.cat([rows[part][usable] for part in parts], 1), rows["labels"][usable]]
+    for name, parts in (joint | {kind: (kind,) for kind in kinds}).items():
+        (fitted, fitted_labels), (judged, judged_labels) = train.labelled(*parts), test.labelled(*parts)
         try:
-            found[name] = linear_probe(*sides, l2=l2)
+            if fitted.keys() != judged.keys():
+                raise ValueError(f"the clips of one side have no {' and '.join(fitted.keys() ^ judged.keys())}")
+            x, y = (torch.cat(list(side.values()), 1) for side in (fitted, judged))
+            found[name] = linear_probe(x, fitted_labels, y, judged_labels, l2=l2)
         except ValueError as error:
             notes.append(f"{name} probe: {error}")
-    if "joint" not in found:
+    if not found:
         return None
-    key = "accuracy" if "accuracy" in found["joint"] else "mAP"
-    return found["joint"] | {name: found[name].get(key) for name in found if name != "joint"}
+    first = next(iter(found))
+    key = "accuracy" if "accuracy" in found[first] else "mAP"
+    return {"of": first} | found[first] | {name: found[name].get(key) for name in found if name != "joint"}
 
 
 def group_ids(clips: ClipList, index: Tensor, parts: int) -> Tensor | None:
@@ -193,7 +198,7 @@ def table(scores: dict[str, Any]) -> str:
     if probe := scores["probe"]:
         key = "accuracy" if "accuracy" in probe else "mAP"
         lines.append(f"{'linear probe':30}{key:>9}")
-        rows = {"joint": probe[key], **{kind: probe[kind] for kind in KINDS if kind in probe}}
+        rows = {probe["of"]: probe[key], **{kind: probe[kind] for kind in KINDS if kind in probe}}
         lines += [f"  {name:28}{value:9.1%}" for name, value in rows.items()]
         why = f"1 of {round(1 / probe['chance'])} classes" if key == "accuracy" else MEAN_SHARE
         lines.append(f"  {'chance':28}{probe['chance']:9.1%}  ({why})")
@@ -238,7 +243,7 @@ def main(arguments: Sequence[str]) -> int:
             config = replace(checkpoint.settings_of(path), **changes)
             device = parallel.start(config.device)
             train, held_out = data.sources(config)
-            model = checkpoint.load_model(path).to(device)
+            model = cast(Model, checkpoint.load_model(path).to(device))
             scores, failures = evaluate(model, config, train, held_out, device)
             if parallel.rank() == 0:
                 shown = {name: value for name, value in changes.items() if name in CLIPS}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from avfast.distributed import world_size
+from avfast.models import Model
 from avfast.train.config import Config, SettingError
 
 T = TypeVar("T")
@@ -103,12 +104,13 @@ def check_graph(config: Config, device: torch.device) -> None:
         )
 
 
-def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+def wrap(model: Model, config: Config, device: torch.device) -> nn.Module:
     """The model as the loop calls it: itself or compiled, in DDP, or sharded in place by FSDP2.
 
     One process compiles the whole pass; several compile what lies between the exchanges of the losses, and sharded ones
     each block. Batches of many more shapes than usual (clips that lack a modality) run as they are in the end.
     """
+    module = cast(nn.Module, model)
     if config.shard == "fsdp2":
         if world_size() == 1:
             raise SettingError("--shard fsdp2 needs more than one process: torchrun --nproc_per_node=N")
@@ -120,19 +122,18 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
             if config.compile:
                 block.compile()
             fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return model
-    has_unused = model.has_unused_parameters
+        fully_shard(module, mesh=mesh)
+        return module
     if config.compile:
-        model = cast(nn.Module, torch.compile(model))
+        module = cast(nn.Module, torch.compile(module))
     if world_size() == 1:
-        return model
+        return module
     # one small position table is laid out otherwise than DDP's buckets; copying it costs nothing worth a warning
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return nn.parallel.DistributedDataParallel(
-        model,
+        module,
         device_ids=[device.index] if device.type == "cuda" else None,
-        find_unused_parameters=has_unused,
+        find_unused_parameters=model.has_unused_parameters,
     )
 
 
@@ -140,8 +141,10 @@ def accumulating(wrapped: nn.Module, last: bool) -> AbstractContextManager:
     """Context of one forward and backward pass; only the last of a step exchanges gradients."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return nullcontext() if last else wrapped.no_sync()
-    if world_size() > 1:  # sharded
-        wrapped.set_requires_gradient_sync(last)
+    if world_size() > 1:
+        from torch.distributed.fsdp import FSDPModule
+
+        cast(FSDPModule, wrapped).set_requires_gradient_sync(last)
     return nullcontext()
 
 

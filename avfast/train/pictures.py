@@ -66,58 +66,52 @@ def _mel(hertz: float) -> float:
 
 
 def draw_reconstructions(shown: Reconstruction, labels: Labels, path: Path) -> None:
-    """One row per clip: frame, masked frame, reconstruction, and the same for the spectrogram."""
-    count = len(shown.audio[0])
-    figure = _figure(14, 2.4 * count + 0.7)
-    axes = figure.subplots(count, 6, squeeze=False, width_ratios=[1, 1, 1, 1.6, 1.6, 1.6])
-    for column, title in enumerate(("picture", "masked", "reconstruction", "sound", "masked", "reconstruction")):
-        axes[0][column].set_title(title)
-    for i in range(count):
-        frames = [x[i] for x in shown.visual]
-        for column, frame in enumerate(frames):
-            axes[i][column].imshow(_shown(frame, frames[0]))
-            _bare(axes[i][column])
-        spectrograms = [x[i] for x in shown.audio]
-        limits = {"vmin": spectrograms[0].min().item(), "vmax": spectrograms[0].max().item()}
-        for column, spectrogram in enumerate(spectrograms):
-            image = labels.spectrogram(axes[i][3 + column], spectrogram, **limits)
-            axes[i][3 + column].set_facecolor("0.5")
-        figure.colorbar(image, ax=axes[i][5], label="log-mel power")
-        axes[i][0].set_ylabel(labels.names[i], fontsize=8)
-        for column, share in zip((4, 1), shown.masked, strict=True):
-            axes[i][column].set_xlabel(f"{share[i]:.0%} masked")
+    """One row per clip: the frame, what of it was seen, what was made of it, and the same for the spectrogram."""
+    sides = {"visual": shown.visual, "audio": shown.audio}
+    columns = [(side, title, values) for side, found in sides.items() for title, values in found.items()]
+    figure, axes = _grid([side for side, *_ in columns], len(labels.names))
+    for row, name in enumerate(labels.names):
+        for axis, (side, title, values) in zip(axes[row], columns, strict=True):
+            first, *_, last = sides[side]
+            image = _panel(axis, side, values[row], sides[side][first][row], labels)
+            if row == 0:
+                axis.set_title(side if title == first else title)
+            if title == "masked":
+                axis.set_xlabel(f"{shown.masked[side][row]:.0%} masked")
+            if side == "audio" and title == last:
+                figure.colorbar(image, ax=axis, label="log-mel power")
+        axes[row][0].set_ylabel(name, fontsize=8)
     _save(figure, labels.title, path)
 
 
 def draw_attention(maps: AttentionMaps, labels: Labels, path: Path) -> None:
-    """One row per clip: frame, r over it at each layer, spectrogram, p over it at each layer."""
-    count, layers = len(maps.audio), list(maps.p)
-    figure = _figure(2.2 * (1 + len(layers)) * 2.6 + 1, 2.4 * count + 1)
-    widths = [1.0] * (1 + len(layers)) + [1.6] * (1 + len(layers))
-    axes = figure.subplots(count, len(widths), squeeze=False, width_ratios=widths)
-    for i in range(count):
-        frame = _shown(maps.visual[i], maps.visual[i])
-        height, width = frame.shape[:2]
-        for side, (name, found) in enumerate((("r", maps.r), ("p", maps.p))):
-            for column, layer in enumerate([None, *layers], side * (1 + len(layers))):
-                axis = axes[i][column]
-                if i == 0:
-                    axis.set_title(("sound" if side else "picture") if layer is None else f"{name}, layer {layer}")
-                if side:
-                    labels.spectrogram(axis, maps.audio[i], cmap="gray")
-                    edges = (*axis.get_xlim(), *axis.get_ylim())
-                else:
-                    axis.imshow(frame)
-                    edges = (-0.5, width - 0.5, height - 0.5, -0.5)
-                    _bare(axis)
-                if layer is None:
-                    continue
-                weights = found[layer][i]
-                how = {"extent": edges, "origin": "lower" if side else "upper", "aspect": "auto" if side else "equal"}
-                most = weights.max().clamp(min=1e-12)
-                image = axis.imshow((weights / most).numpy(), alpha=0.6, cmap="inferno", vmin=0, vmax=1, **how)
-                axis.set_xlabel(f"at most {most / weights.mean():.1f} x the mean")
-        axes[i][0].set_ylabel(labels.names[i], fontsize=8)
+    """One row per clip: the frame, r over it at each layer, the spectrogram, p over it at each layer."""
+    sides = (("visual", maps.visual, "r", maps.r), ("audio", maps.audio, "p", maps.p))
+    columns = [
+        (side, given, weights, f"{name}, layer {layer}" if weights is not None else side)
+        for side, given, name, found in sides
+        if given is not None
+        for layer, weights in [(None, None), *found.items()]
+    ]
+    figure, axes = _grid([side for side, *_ in columns], len(labels.names))
+    for row, name in enumerate(labels.names):
+        for axis, (side, given, weights, title) in zip(axes[row], columns, strict=True):
+            image = _panel(axis, side, given[row], given[row], labels, cmap="gray")
+            if row == 0:
+                axis.set_title(title)
+            if weights is None:
+                continue
+            most = weights[row].max().clamp(min=1e-12)
+            how = {
+                "extent": image.get_extent(),
+                "origin": image.origin,
+                "aspect": axis.get_aspect(),
+                "vmin": 0,
+                "vmax": 1,
+            }
+            image = axis.imshow((weights[row] / most).numpy(), alpha=0.6, cmap="inferno", **how)
+            axis.set_xlabel(f"at most {most / weights[row].mean():.1f} x the mean")
+        axes[row][0].set_ylabel(name, fontsize=8)
     figure.colorbar(image, ax=list(axes[:, -1]), label="weight / largest of its panel")
     _save(figure, f"{labels.title}\n{maps.legend}", path)
 
@@ -139,6 +133,22 @@ def draw_losses(metrics: Path, title: str, path: Path, contrasted: int = 0) -> N
             axis.axhline(math.log(contrasted), color="0.5", linestyle="--", label=f"chance, ln {contrasted}")
             axis.legend()
     _save(figure, title, path)
+
+
+def _grid(sides: Sequence[str], rows: int) -> tuple[Any, Any]:
+    """A figure and its axes ``(rows, columns)``; frames are square, spectrograms wider."""
+    widths = [1.6 if side == "audio" else 1.0 for side in sides]
+    figure = _figure(1.8 * sum(widths) + 1, 2.4 * rows + 1)
+    return figure, figure.subplots(rows, len(sides), squeeze=False, width_ratios=widths)
+
+
+def _panel(axis: Any, side: str, values: Tensor, given: Tensor, labels: Labels, **how: Any) -> Any:
+    """Draws a frame or a spectrogram over the range of the input ``given``; what is not known is grey."""
+    if side == "audio":
+        axis.set_facecolor("0.5")
+        return labels.spectrogram(axis, values, vmin=given.min().item(), vmax=given.max().item(), **how)
+    _bare(axis)
+    return axis.imshow(_shown(values, given))
 
 
 def _shown(frame: Tensor, of: Tensor) -> Any:

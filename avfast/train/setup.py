@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from avfast.distributed import world_size
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config, SettingError, fields, model_settings
 
 if TYPE_CHECKING:
+    from avfast.models import Model
     from avfast.train.trainer import Trainer
 
 
@@ -108,13 +108,13 @@ def check_compiler(device: torch.device) -> None:
         raise SettingError(f"--compile needs a C++ compiler: no {missing} found; install one or set {variable}")
 
 
-def build_model(config: Config, fresh: bool = True) -> nn.Module:
+def build_model(config: Config, fresh: bool = True) -> Model:
     """The model with the weights it starts from."""
     from avfast.models import create_model
 
     arguments = model_settings(config.model, config.model_args)
     try:
-        model = create_model(config.model, **arguments)
+        model: Model = create_model(config.model, **arguments)
         model.frontend  # noqa: B018 (its arguments are checked on first use)
     except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError, AssertionError) as error:
         given = "".join(f" --model.{name} {value}" for name, value in arguments.items())
@@ -133,7 +133,7 @@ def build_model(config: Config, fresh: bool = True) -> nn.Module:
     return model
 
 
-def whole_model(trainer: Trainer) -> nn.Module:
+def whole_model(trainer: Trainer) -> Model:
     """The model for evaluation; a copy where parameters are sharded. Every process must call it.
 
     Sharded parameters gather block by block in step with the other processes, and evaluation does not go in step.
@@ -146,7 +146,7 @@ def whole_model(trainer: Trainer) -> nn.Module:
     return model
 
 
-def start_from_file(model: nn.Module, config: Config, flag: str) -> None:
+def start_from_file(model: Model, config: Config, flag: str) -> None:
     """Takes an encoder's weights from elsewhere: ``timm``, ``init_ast`` or ``init_audio``."""
     from avfast.released.vit import timm_vit
 

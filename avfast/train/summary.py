@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from avfast.data.clips import ClipDataset, eval_loader
 from avfast.data.manifest import ClipList
 from avfast.distributed import world_size
+from avfast.models import Model
 from avfast.train import data, parallel
 from avfast.train.evaluate import evaluate, nothing, table
 from avfast.train.pictures import (
@@ -61,8 +62,8 @@ def finish(run: Run, found: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def paint(trainer: Trainer, model: nn.Module, clips: ClipList, out: Path, title: str) -> None:
-    """reconstruction.png and fusion.png; every process takes the same clips, and rank 0 draws."""
+def paint(trainer: Trainer, model: Model, clips: ClipList, out: Path, title: str) -> None:
+    """reconstruction.png and attention.png of what the model shows; all processes take the same clips, rank 0 draws."""
     wanted = trainer.config.pictures
     clips = data.first(clips, CANDIDATES * wanted)
     if not clips.clips:
@@ -81,14 +82,17 @@ def paint(trainer: Trainer, model: nn.Module, clips: ClipList, out: Path, title:
     model.train(training)
     if parallel.rank() > 0:
         return
-    index = batch.index.tolist()
-    if figures.reconstruction:
-        # a clip of which little or nothing is hidden shows little: first those that are masked on both sides
-        hidden = torch.stack(list(figures.reconstruction.masked)).amin(0) > 0
+
+    def labels(rows: Tensor) -> Labels:
+        return Labels.of(title, clips, batch.index[rows].tolist(), model.frontend)
+
+    if shown := figures.reconstruction:
+        # a clip of which little or nothing is hidden shows little: first those that are masked on every side
+        hidden = torch.stack(list(shown.masked.values())).amin(0) > 0
         chosen = hidden.logical_not().long().argsort(stable=True)[:wanted].sort().values
-        labels = Labels.of(title, clips, [index[i] for i in chosen.tolist()], model.frontend)
-        draw_reconstructions(figures.reconstruction.select(chosen), labels, out / "reconstruction.png")
-    both = (batch.has_audio & batch.has_visual).nonzero()[:wanted, 0]
-    if figures.attention and len(both):
-        labels = Labels.of(title, clips, [index[i] for i in both.tolist()], model.frontend)
-        draw_attention(figures.attention.select(both), labels, out / "fusion.png")
+        draw_reconstructions(shown.select(chosen), labels(chosen), out / "reconstruction.png")
+    if maps := figures.attention:
+        sides = ((maps.audio, batch.has_audio), (maps.visual, batch.has_visual))
+        whole = torch.stack([has for x, has in sides if x is not None]).all(0).nonzero()[:wanted, 0]
+        if len(whole):
+            draw_attention(maps.select(whole), labels(whole), out / "attention.png")

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from avfast.data.clips import Batch
 from avfast.distributed import world_size
-from avfast.models.contract import Draws
-from avfast.tensors import to_device
+from avfast.models import Draws, Model
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config, SettingError
 from avfast.train.graph import GraphedPass, Pass
 
 
-def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+def parameter_groups(model: Model, config: Config) -> list[dict[str, Any]]:
     """The parameters for an optimiser, by ``unimodal`` (does the ramp apply) and weight decay."""
     ramped: set[int] = set()
     if config.unimodal_ramp:
@@ -44,7 +43,7 @@ class Trainer:
         device: of the model.
     """
 
-    def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+    def __init__(self, model: Model, config: Config, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device
         self.dtype = parallel.precision(config, device)
         if config.checkpoint_activations:
@@ -108,13 +107,8 @@ class Trainer:
             has_audio=batch.has_audio.tolist(),
             has_visual=batch.has_visual.tolist(),
         ).to(self.device)
-        waveform, samples, frames = (
-            to_device(x, self.device) for x in (batch.waveform, batch.num_samples, batch.frames)
-        )
         with torch.no_grad():
-            audio = self.model.frontend.audio(waveform, samples, train=train, key=key)
-            visual = self.model.frontend.visual(frames)
-        return {"audio": audio, "visual": visual}, draws
+            return self.model.frontend(batch.to(self.device), train=train, key=key), draws
 
     def model_state(self, everywhere: bool = False) -> dict[str, Tensor]:
         """The full state dict; every process must call it.
@@ -126,7 +120,7 @@ class Trainer:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
-        return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
+        return cast(dict[str, Tensor], get_model_state_dict(self.wrapped, options=options))
 
     def state(self) -> dict[str, Any]:
         """Optimisers, scalers and the random state of every process; every process must call it."""
@@ -136,7 +130,7 @@ class Trainer:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            optimizers = [get_optimizer_state_dict(self.model, o, options=options) for o in self.optimizers]
+            optimizers = [get_optimizer_state_dict(self.wrapped, o, options=options) for o in self.optimizers]
         return {
             "optimizers": optimizers,
             "scalers": [scaler.state_dict() for scaler in self.scalers],
@@ -152,11 +146,13 @@ class Trainer:
         else:
             from torch.distributed.checkpoint import state_dict as full
 
-            full.set_model_state_dict(self.model, model, options=full.StateDictOptions(full_state_dict=True))
+            full.set_model_state_dict(
+                self.wrapped, cast(dict[str, Any], model), options=full.StateDictOptions(full_state_dict=True)
+            )
             # not strict: an optimiser of one pass has no state for the parameters that only others train
             options = full.StateDictOptions(full_state_dict=True, strict=False)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                full.set_optimizer_state_dict(self.model, optimizer, saved, options=options)
+                full.set_optimizer_state_dict(self.wrapped, optimizer, saved, options=options)
         for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
             scaler.load_state_dict(saved)
         if len(state["rng"]) == world_size():
