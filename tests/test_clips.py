@@ -128,12 +128,11 @@ def test_one_file_as_a_model_takes_it(folder: Path) -> None:
     clips = read_folder(folder)
     index = [clip.id for clip in clips.clips].index("a/plain0")
     batch = next(iter(eval_loader(ClipDataset(ClipList((clips.clips[index],)), frontend=FRONTEND, train=False), 1)))
-    audio, visual = FRONTEND.load(folder / "a/plain0.mp4")
-    assert torch.equal(audio, FRONTEND.audio(batch.waveform)) and torch.equal(visual, FRONTEND.visual(batch.frames))
-    audio, visual = FRONTEND.load(folder / "a/sound.wav")
-    assert audio.shape == (1, 128, 128) and visual is None
-    audio, visual = FRONTEND.load(folder / "a/silent.mp4")
-    assert audio is None and visual.shape == (1, 3, 32, 32)
+    both, wanted = FRONTEND.load(folder / "a/plain0.mp4"), FRONTEND(batch)
+    assert both.keys() == wanted.keys() == {"audio", "visual"}
+    assert all(torch.equal(both[name], wanted[name]) for name in both)
+    for name, kind, shape in (("sound.wav", "audio", (1, 128, 128)), ("silent.mp4", "visual", (1, 3, 32, 32))):
+        assert {k: x.shape for k, x in FRONTEND.load(folder / "a" / name).items()} == {kind: shape}
     with pytest.raises(MediaError, match="text.mp4: "):
         FRONTEND.load(folder / "b/text.mp4")
 

@@ -85,6 +85,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def has(self) -> dict[str, Tensor]:
+        """By modality, which samples have it."""
+        return {"audio": self.has_audio, "visual": self.has_visual}
+
     def key(self, seed: int) -> DrawKey:
         """The key of this batch's draws."""
         return DrawKey(seed, self.step, self.positions, self.total, self.progress)

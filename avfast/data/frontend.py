@@ -83,20 +83,22 @@ class Frontend:
         inputs = {"audio": self.audio(batch.waveform, batch.num_samples, train=train, key=key)}
         return inputs if self.frames is None else inputs | {"visual": self.visual(batch.frames)}
 
-    def load(self, path: str | os.PathLike[str]) -> tuple[Tensor | None, Tensor | None]:
-        """A media file as a model takes it: ``model.encode(*model.frontend.load("clip.mp4"))``.
+    def load(self, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+        """A media file as a model takes it: ``model.encode(**model.frontend.load("clip.mp4"))``.
 
         The window is that of evaluation: the first ``seconds`` of the file, and the frame in its middle (or what else
         ``spec.frames`` says).
 
         Returns:
-            audio ``(1, num_frames, num_mel_bins)`` and visual ``(1, 3, image_size, image_size)`` (or another shape, see
-            :meth:`visual`), float32 on the CPU; None for what the file lacks.
+            The inputs of a batch of one, on the CPU, without those that the file lacks: ``audio``
+            ``(1, num_frames, num_mel_bins)`` and ``visual`` ``(1, 3, image_size, image_size)``, or what else the model
+            takes.
 
         Raises:
             MediaError: the file cannot be decoded.
         """
         from avfast.data.clip_list import Clip, ClipList
+        from avfast.data.clips import collate
         from avfast.data.dataset import ClipDataset, Failure
         from avfast.data.media import MediaError
 
@@ -105,8 +107,9 @@ class Frontend:
         sample = ClipDataset(clips, frontend=self, train=False)[0, 0, 0]
         if isinstance(sample, Failure):
             raise MediaError(sample.path, sample.reason)
-        audio = None if sample.waveform is None else self.audio(sample.waveform[None])
-        return audio, None if sample.frames is None else self.visual(sample.frames[None])
+        batch = collate([sample], spec=self.spec)
+        absent = {name for name, has in batch.has.items() if not has.any()}
+        return {name: x for name, x in self(batch).items() if name not in absent}
 
     def audio(
         self, waveform: Tensor, num_samples: Tensor | None = None, *, train: bool = False, key: DrawKey | None = None

@@ -83,8 +83,7 @@ def pooled(
         if not len(batch):
             continue
         inputs = model.frontend(batch.to(device))
-        has = {"audio": batch.has_audio, "visual": batch.has_visual}
-        has = {name: there for name, there in has.items() if name in inputs}
+        has = {name: there for name, there in batch.has.items() if name in inputs}
         # clips that have the same modalities together: a blank partner must not leak into what the other one gives
         table = torch.stack(list(has.values()), 1)
         for made_up in table.unique(dim=0).flip(0):
