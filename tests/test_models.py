@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import assert_close
+from torch.nn.parallel import DistributedDataParallel
 
 from avfast import create_model, list_models
 from avfast.models import Draws, Figures
 from avfast.random import DrawKey
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
-BATCH = 4
+NAMES, BATCH = list_models("*_tiny"), 4
 
 
-@pytest.fixture(params=list_models("*_tiny"))
-def model(request):
+def small(name):
     torch.manual_seed(0)
-    return create_model(request.param, **SMALL)
+    return create_model(name, **SMALL)
+
+
+@pytest.fixture(params=NAMES)
+def model(request):
+    return small(request.param)
 
 
 def inputs(model, batch=BATCH, seed=0):
@@ -136,3 +142,49 @@ def test_figures_show_what_was_kept(model):
         seen = ~torch.isnan(masked)
         assert torch.equal(masked[seen], given[seen])
         assert_close(name, guess[seen], given[seen], 1e-6)
+
+
+SHARES = (range(3), range(3, 5))  # of a batch of five clips; those of the first process have no frames
+
+
+def shared_step(name, only, rows, wrap=lambda model: model):
+    """A step on some rows of the batch, the model the same everywhere."""
+    model = small(name).double()
+    data = {kind: x[rows.start : rows.stop].double() for kind, x in inputs(model, 5).items()}
+    has = [i in SHARES[1] for i in rows]
+    draws = model.draw(len(rows), key=DrawKey(0, 0, rows, 5), only=only, has_visual=has)
+    call = wrap(model)
+    step(model, data, draws, call)
+    return step(model, data, draws, call)  # DDP sees in the second pass what it missed in the first
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {}
+    for name in NAMES:
+        for only in small(name).passes:
+            found[name, only] = shared_step(
+                name,
+                only,
+                SHARES[rank],
+                lambda model: DistributedDataParallel(model, find_unused_parameters=model.has_unused_parameters),
+            )
+    torch.save(found, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What each of two processes found of all models."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, (str(folder),), nprocs=2)
+    return [torch.load(folder / str(rank)) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_equal_one_where_one_of_them_lacks_a_modality(name, processes):
+    for only in small(name).passes:
+        (losses, grads), (others, same) = (found[name, only] for found in processes)
+        assert all(torch.equal(grads[k], same[k]) for k in grads) and grads.keys() == same.keys()
+        assert_same(((losses + others) / 2, grads), shared_step(name, only, range(5)), 1e-12)

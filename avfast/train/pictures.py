@@ -138,7 +138,7 @@ def draw_losses(metrics: Path, title: str, path: Path, contrasted: int = 0) -> N
 def _grid(sides: Sequence[str], rows: int) -> tuple[Any, Any]:
     """A figure and its axes ``(rows, columns)``; frames are square, spectrograms wider."""
     widths = [1.6 if side == "audio" else 1.0 for side in sides]
-    figure = _figure(1.8 * sum(widths) + 1, 2.4 * rows + 1)
+    figure = _figure(2.1 * sum(widths) + 1, 2.4 * rows + 1)
     return figure, figure.subplots(rows, len(sides), squeeze=False, width_ratios=widths)
 
 
