@@ -13,6 +13,7 @@ import functools  # noqa: E402
 import random  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy  # noqa: E402
@@ -34,6 +35,16 @@ def seed() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """16 + 8 clips of the built-in kind."""
+    from avfast.demo import build
+
+    root = tmp_path_factory.mktemp("clips")
+    made = build("tiny", root, clips=16, test_clips=8, workers=1, progress=False)
+    return SimpleNamespace(train=str(made.train), test=str(made.test), classes=str(made.class_csv), folder=root)
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

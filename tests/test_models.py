@@ -105,7 +105,11 @@ def test_recomputation_and_compilation_change_nothing(model):
     data, draws = {name: x.double() for name, x in inputs(model).items()}, drawn(model).to("cpu")
     want = step(model, data, draws)
     torch._dynamo.reset()
-    assert_same(step(model, data, draws, torch.compile(model, backend="eager", fullgraph=True)), want, 1e-12)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same(step(model, data, draws, compiled), want, 1e-12)
+    other = model.draw(BATCH, key=DrawKey(3, 2, range(BATCH), BATCH)).to("cpu")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(step(model, data, other, compiled), step(model, data, other), 1e-12)
     torch._dynamo.reset()
     model.set_grad_checkpointing(True)
     assert_same(step(model, data, draws), want, 1e-12)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import arguments, assert_same, clips, losses, settings  # noqa: F401 (clips is a fixture)
+from test_train import arguments, assert_same, losses, settings
 
 from avfast import create_model, list_models
 from avfast.data.clips import StepBatches
@@ -138,7 +138,7 @@ def seeing_more(self, progress):
 
 
 @pytest.fixture
-def adaptive(clips, monkeypatch):  # noqa: F811
+def adaptive(clips, monkeypatch):
     """Settings of a run of 3 epochs of 2, 3 and 4 passes."""
     monkeypatch.setattr(MaskedPair, "visible", seeing_more)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -23,13 +22,11 @@ from torch.utils._pytree import tree_leaves
 from avfast import distributed
 from avfast.data import frontend
 from avfast.data.clips import Batch
-from avfast.data.frontend import _imagenet
 from avfast.models import Draws, create_model
 from avfast.models.fusion_draws import shared_tokens
 from avfast.models.patched import shared_plan
 from avfast.ops import AttentionPlan
 from avfast.random import DrawKey
-from avfast.tensors import tensor_cache
 from avfast.train.graph import STAY, GraphedPass, capture
 from avfast.train.trainer import Trainer
 
@@ -179,39 +176,6 @@ def test_a_compiled_model_draws_and_serves_all_batch_sizes_after_one_recompilati
     assert graphs[0] == 2 and graphs[1:] == [4, 4, 4]
 
 
-def test_a_compiled_model_equals_the_plain_one_for_draws_given_and_a_modality_missing():
-    model = create_model("avsiam_tiny", embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=16, decoder_num_heads=2)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    audio, visual = inputs(model, 4)
-    draws = model.draw(4)
-    assert_close("loss", compiled(audio, visual, draws).loss, model(audio, visual, draws).loss, 1e-6)
-    draws = model.draw(4, has_visual=[False] * 4)
-    assert_close("audio alone", compiled(audio, None, draws).loss, model(audio, None, draws).loss, 1e-6)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_multi_ratio_steps_compile_once_and_whole(name):
-    torch.manual_seed(0)
-    # in float64, since means are summed in another order there
-    model = create_model(name, depth=1, decoder_depth=1).double()
-    twin, data = copy.deepcopy(model), [x.double() for x in inputs(model)]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for step in range(3):
-        draws = model.draw(BATCH, torch.Generator().manual_seed(step)).to("cpu")
-        with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            loss = compiled(*data, draws).loss
-        loss.backward()
-        want = twin(*data, draws).loss
-        want.backward()
-        assert_close("loss", loss, want, 1e-12)
-    for (key, got), want in zip(model.named_parameters(), twin.parameters(), strict=True):
-        if want.grad is not None:
-            assert_close(key, got.grad, want.grad, 1e-12)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_last_block_of_masked_patches_alone_changes_no_loss_and_no_gradient(name):
     """In training; in evaluation all are predicted. With instances that lack a modality or are of other lengths."""
@@ -241,17 +205,6 @@ def test_a_last_block_of_masked_patches_alone_changes_no_loss_and_no_gradient(na
         for patches in want.reconstruction.values():
             assert patches.shape[0] == batch
         assert bool(got.reconstruction) == (bool(want.reconstruction) and drawn is unmasked)
-
-
-def test_every_step_has_the_same_signature_and_other_tokens():
-    model = create_model("avsiam_tiny")
-    first, second = (model.draw(BATCH, torch.Generator().manual_seed(seed)).to("cpu") for seed in (0, 1))
-    assert first.signature == second.signature
-    assert not all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
-    assert first.plans["both"] is second.plans["both"]
-    smaller = model.draw(BATCH - 1)
-    silent = model.draw(BATCH, has_audio=[i > 0 for i in range(BATCH)])
-    assert len({first.signature, smaller.signature, silent.signature}) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -305,47 +258,6 @@ def test_inputs_of_another_kind_are_refused(change, words):
     for call in (model, model.encode):
         with pytest.raises(ValueError, match=words):
             call(*change(*inputs(model, 1)))
-
-
-@pytest.mark.parametrize("name", ["avsiam_tiny", "cav_mae_tiny", "deepavfusion_tiny"])
-def test_the_default_dtype_changes_neither_weights_nor_losses(name):
-    """Nor what the front end makes of a clip."""
-    found = []
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        torch.set_default_dtype(dtype)
-        try:
-            for table in (_imagenet, _triangles, _htk_triangles, shared_plan, shared_tokens):
-                table.cache_clear()
-            torch.manual_seed(0)
-            model = create_model(name, depth=1, decoder_depth=1)
-            wave = torch.linspace(-1, 1, model.frontend.num_samples, dtype=torch.float32).expand(3, -1)
-            key = DrawKey(0, 0, range(3), 3)
-            audio = model.frontend.audio(wave, train=True, key=key)
-            visual = model.frontend.visual(torch.full((3, 1, 3, model.img_size, model.img_size), 7, dtype=torch.uint8))
-            found.append((audio, visual, *model.parameters(), model(audio, visual, model.draw(3, key=key)).loss))
-        finally:
-            torch.set_default_dtype(torch.float32)
-    for others in found[1:]:
-        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
-def test_what_is_cached_serves_training_whatever_the_mode_it_was_made_in(mode):
-    made = []
-
-    @tensor_cache
-    def table(size):
-        made.append(size)
-        return torch.ones(size)
-
-    weight = torch.ones(3, requires_grad=True)
-    with mode():
-        table(3)
-    (weight * table(3)).sum().backward()
-    assert type(table(3)) is torch.Tensor and torch.equal(weight.grad, torch.ones(3))
-    assert table(3) is table(3) and len(made) == (1 if mode is torch.inference_mode else 2)
-    with FakeTensorMode():
-        assert type(table(3)) is not torch.Tensor, "what is kept is not mixed into a traced model"
 
 
 def emulated(run):

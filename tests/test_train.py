@@ -1,6 +1,5 @@
 """Runs on real media files, in this process or in others that are killed."""
 
-import io
 import json
 import os
 import shutil
@@ -10,19 +9,16 @@ import sys
 import wave
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from avfast import backend, flops
-from avfast.demo import build
 from avfast.models import create_model
-from avfast.train import checkpoint, data, parallel, speed
+from avfast.train import checkpoint, data
 from avfast.train.__main__ import main
 from avfast.train.config import SettingError
-from avfast.train.log import Log, read_metrics, short
+from avfast.train.log import read_metrics
 from avfast.train.loop import run
 from avfast.train.recipes import demo
 from avfast.train.run import RunError
@@ -30,14 +26,6 @@ from avfast.train.trainer import Trainer
 
 MODEL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
 QUIET = {"tensorboard": False, "count_flops": False, "pictures": 0, "evaluate": False, "log_every": 1}
-
-
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    """16 + 8 clips of the built-in kind."""
-    root = tmp_path_factory.mktemp("clips")
-    made = build("tiny", root, clips=16, test_clips=8, workers=1, progress=False)
-    return SimpleNamespace(train=str(made.train), test=str(made.test), classes=str(made.class_csv), folder=root)
 
 
 @pytest.fixture(scope="session")
@@ -213,7 +201,6 @@ def test_two_processes_equal_one(shard, tmp_path, clips, mixed):
 def test_a_batch_without_a_readable_clip_touches_every_parameter(clips):
     """Otherwise the other processes of the run would wait for this one's gradients for ever."""
     from avfast.data.clips import Failure, collate
-    from avfast.models import create_model
 
     trainer = Trainer(create_model("avsiam_tiny", **MODEL), demo(), torch.device("cpu"))
     failure = Failure("x.mp4", "broken", index=0, step=0, position=3)
@@ -225,7 +212,6 @@ def test_a_batch_without_a_readable_clip_touches_every_parameter(clips):
 
 def test_accumulation_is_the_mean_gradient(clips):
     from avfast.data.clips import ClipDataset, StepBatches, make_loader
-    from avfast.models import create_model
 
     config = replace(demo(), model_args=MODEL)
     trainer = Trainer(create_model("avsiam_tiny", **MODEL), config, torch.device("cpu"))
@@ -446,48 +432,6 @@ def test_a_model_that_has_diverged_has_no_scores(tmp_path, clips, plain, capsys)
     assert "not finite: no scores" in capsys.readouterr().out
 
 
-def test_checkpoints_are_kept_by_number(tmp_path):
-    for step in (1, 2, 10):
-        checkpoint.save(tmp_path, step, {"w": torch.ones(2)}, {"step": step}, keep=2)
-    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-2", "step-10"]
-    model, state = checkpoint.load(tmp_path / "step-10")
-    assert torch.equal(model["w"], torch.ones(2)) and state == {"step": 10}
-
-
-def test_a_checkpoint_loads_wherever_it_is(tmp_path, monkeypatch):
-    config = replace(demo(), model_args=MODEL)
-    model, state = create_model(config.model, **MODEL), {"config": json.loads(config.to_json())}
-    umask = os.umask(0o022)
-    try:
-        step = checkpoint.save(tmp_path / "run/checkpoints", 1, model.state_dict(), state)
-    finally:
-        os.umask(umask)
-    assert {path.stat().st_mode & 0o777 for path in step.iterdir()} == {0o644}
-    shutil.copytree(step, tmp_path / "elsewhere")
-    monkeypatch.chdir(step)
-    places = (tmp_path / "run", step.parent, step, step / "model.safetensors", tmp_path / "elsewhere", ".", "../..")
-    for where in places:
-        for name, value in checkpoint.load_model(where).state_dict().items():
-            assert torch.equal(value, model.state_dict()[name]), (where, name)
-    assert checkpoint.settings_of(checkpoint.find(tmp_path / "elsewhere")) == config
-    (tmp_path / "elsewhere/train_state.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="elsewhere/train_state.pt is empty"):
-        checkpoint.load_model(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/train_state.pt").unlink()
-    with pytest.raises(SettingError, match="elsewhere: no train_state.pt, which holds the model's settings"):
-        checkpoint.load_model(tmp_path / "elsewhere")
-
-
-def test_random_state_survives_a_file(tmp_path):
-    import random
-
-    path = tmp_path / "rng.pt"
-    torch.save(checkpoint.rng_state(), path)
-    drawn = random.random(), np.random.rand(), torch.rand(1).item()
-    checkpoint.set_rng_state(torch.load(path, weights_only=True))
-    assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
-
-
 def test_held_out_clips_keep_their_side(clips):
     every = data.read([clips.train, clips.test], clips.classes)
     train, held_out = data.split(every, 0.4)
@@ -506,64 +450,3 @@ def test_shuffled_pairs_never_match(clips):
     assert sorted(c.video_path for c in mixed.clips) == sorted(c.video_path for c in every.clips)
     assert all(c.audio_path != c.video_path for c in mixed.clips)
     assert all(c.video_path.endswith(f"{c.id}.mp4") for c in mixed.clips)
-
-
-def test_each_line_says_how_fast_the_run_is(tmp_path, clips, plain, capsys):
-    config = settings(tmp_path / "run", clips, count_flops=True)
-    run(replace(config, model_args=MODEL | {"objective": "released"}))
-    speed.matmul_rate.cache_clear()
-    run(replace(config, out=str(tmp_path / "again")))  # counts FLOPs and measures without a draw of the run's own
-    assert losses(tmp_path / "again") == losses(plain)
-    rows = read_metrics(tmp_path / "again/metrics.jsonl")
-    model = create_model("avsiam_tiny", **MODEL)
-    size = model.img_size
-    step = flops.count(model, torch.randn(4, *model.audio_size), torch.randn(4, 3, size, size), backward=True)
-    for row in rows:
-        assert row["flops_per_second"] == pytest.approx(step / 4 * row["clips_per_second"])
-        assert row["mfu"] > 0 and 0 <= row["data_wait"] < 1 and 1e8 < row["peak_memory"] < 1e11
-    printed = capsys.readouterr().out.splitlines()
-    assert "on cpu in fp32, every op by reference, matmul " in printed[0] and max(map(len, printed[:1])) <= 120
-    lines = [line for line in printed if line.startswith("step ")]
-    assert len(lines) == 8 and max(map(len, lines)) <= 120
-    assert all(word in lines[0] for word in (" clips/s mfu ", "% wait ", " GB  eta "))
-
-
-def test_a_model_that_cannot_be_counted_trains_without_flops(tmp_path, clips, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise RuntimeError("asks for values")
-
-    monkeypatch.setattr(flops, "count", refuse)
-    with pytest.warns(UserWarning, match="no FLOP/s: avsiam_tiny cannot be counted on meta: asks for values"):
-        run(settings(tmp_path / "run", clips, count_flops=True))
-    assert all("clips_per_second" in row and "mfu" not in row for row in read_metrics(tmp_path / "run/metrics.jsonl"))
-
-
-def test_the_first_line_names_the_backends(tmp_path, clips):
-    before, cpu = backend.get_backend(), torch.device("cpu")
-    try:
-        backend.set_backend("reference")
-        assert speed.backends(cpu) == "every op by reference"
-        backend.set_backend("varlen")
-        assert speed.backends(cpu).startswith("packed_attention by varlen, other ops by ")
-        backend.set_backend("triton")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            with pytest.raises(SettingError, match="AVFAST_BACKEND=triton: "):
-                run(settings(tmp_path / "run", clips))
-    finally:
-        backend.set_backend(before)
-
-
-def test_losses_in_few_columns():
-    losses = {"contrastive": 2.16234, "reconstruction_audio": 1.5, "reconstruction_visual": 0.25, "audio": 3.0}
-    assert short(4.0, losses) == "loss 4  contrastive 2.162  reconstruction a 1.5 v 0.25  audio 3"
-
-
-def test_the_log_says_names_that_are_no_utf8(tmp_path, monkeypatch):
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    Log(tmp_path, 1, tensorboard=False).say("bad file caf\udce9, \u540d")
-    assert written.getvalue() == b"bad file caf\\udce9, \\u540d\n"
-
-
-def test_one_process_needs_no_group():
-    assert parallel.rank() == 0 and parallel.gather("x") == ["x"] and parallel.first_only(lambda: 3) == 3

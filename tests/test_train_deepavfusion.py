@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import QUIET, arguments, assert_same, clips, losses  # noqa: F401 (clips is a fixture)
+from test_train import QUIET, arguments, assert_same, losses
 
 from avfast import create_model
 from avfast.data.clips import StepBatches
@@ -24,14 +24,14 @@ from avfast.train.trainer import Trainer
 MODEL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
 
 
-def settings(out, clips, **changes):  # noqa: F811
+def settings(out, clips, **changes):
     """A small run of the demo's recipe."""
     base = replace(deepavfusion_demo(), data=(clips.train,), class_csv=clips.classes, eval_data=(clips.test,), **QUIET)
     base = replace(base, batch_size=4, steps=4, warmup_steps=2, model_args=base.model_args | MODEL, out=str(out))
     return replace(base, **changes)
 
 
-def test_a_run_ends_with_probes_neighbours_and_pictures(tmp_path, clips, capsys):  # noqa: F811
+def test_a_run_ends_with_probes_neighbours_and_pictures(tmp_path, clips, capsys):
     summary = run(settings(tmp_path / "run", clips, evaluate=True, pictures=2, neighbours_every=0.5))
     assert summary["retrieval"] is None and any("no retrieval" in note for note in summary["notes"])
     assert {"accuracy", "chance", "audio", "visual", "fused"} <= set(summary["probe"])
@@ -52,7 +52,7 @@ def test_the_demos_spectrogram_is_as_long_as_its_clips():
     assert (model.frontend.num_frames, model.frontend.num_mel_bins) == model.audio_size
 
 
-def test_stopped_and_resumed_is_bit_for_bit(tmp_path, clips, monkeypatch):  # noqa: F811
+def test_stopped_and_resumed_is_bit_for_bit(tmp_path, clips, monkeypatch):
     """With the released ramp: four groups of parameters with rates of their own."""
     whole = settings(tmp_path / "whole", clips, checkpoint_every=2, unimodal_ramp=0.75, accumulate=2)
     run(whole)
@@ -73,7 +73,7 @@ def test_stopped_and_resumed_is_bit_for_bit(tmp_path, clips, monkeypatch):  # no
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped") and len(losses(tmp_path / "whole")) == 4
 
 
-def test_the_ramp_starts_at_zero_and_leaves_fusion_alone(clips):  # noqa: F811
+def test_the_ramp_starts_at_zero_and_leaves_fusion_alone(clips):
     from avfast.data.clips import ClipDataset, make_loader
 
     config = replace(deepavfusion_demo(), unimodal_ramp=0.5, weight_decay=0.0)
@@ -88,7 +88,7 @@ def test_the_ramp_starts_at_zero_and_leaves_fusion_alone(clips):  # noqa: F811
     assert {"fusion_tokens", "fusion_blocks.1.attn.q.weight", "decoders.audio.pred.weight"} < moved < trained
 
 
-def test_two_processes_equal_one_where_a_modality_is_missing(tmp_path, clips):  # noqa: F811
+def test_two_processes_equal_one_where_a_modality_is_missing(tmp_path, clips):
     """Two films and six sounds: in some steps a process has no picture at all."""
     folder = tmp_path / "mixed"
     folder.mkdir()
