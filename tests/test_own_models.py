@@ -62,6 +62,7 @@ def test_a_model_of_ones_own_trains_through_the_command_line(name, folder, tmp_p
     assert main(words) == 0, capsys.readouterr().err
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3] and all(set(row["losses"]) == losses for row in rows)
+    assert all(len(row["metrics"]) == (name != "listener") for row in rows)
     assert all(np.isfinite(row["loss"]) for row in rows) and all(row["mfu"] > 0 for row in rows)
     assert {path.name for path in out.glob("*.png")} == {"loss.png"} | drawn
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in out.glob("*.png"))

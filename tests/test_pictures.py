@@ -11,7 +11,7 @@ import torch
 
 from avfast import create_model
 from avfast.data.clip_list import Clip, ClipList
-from avfast.models.contract import Figures, Reconstruction
+from avfast.models.contract import AttentionMaps, Figures, Reconstruction
 from avfast.train import pictures, summary
 from avfast.train.pictures import Labels, draw_attention, draw_losses, draw_reconstructions
 from avfast.train.recipes import demo
@@ -73,6 +73,13 @@ def test_fusion(tmp_path, drawn):
     said = texts(drawn[0])
     assert any(text.startswith("recipe: model\nr, p: the weight that the fusion tokens give") for text in said)
     assert {"weight / largest of its panel", "r, layer 0", "p, layer 1"} <= said
+
+
+def test_a_map_of_one_modality(tmp_path, drawn):
+    frontend = create_model("avsiam_tiny").frontend
+    maps = AttentionMaps(torch.rand(1, 192, 64), None, {3: torch.rand(1, 4, 12)}, {}, "p")
+    draw_attention(maps, Labels.of("title", CLIPS, [0], frontend), tmp_path / "x.png")
+    assert {"audio", "p, layer 3"} <= texts(drawn[0]) and "visual" not in texts(drawn[0])
 
 
 def test_losses(tmp_path, drawn):

@@ -113,9 +113,9 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
         if self.events is not None:
-            plain = {k: v for k, v in row.items() if k not in ("losses", "neighbours")}
+            plain = {k: v for k, v in row.items() if k not in ("losses", "metrics", "neighbours")}
             found = {f"neighbours/{k}": v for k, v in (row.get("neighbours") or {}).items() if k != "score"}
-            for name, value in (plain | row["losses"] | found).items():
+            for name, value in (plain | row["losses"] | row["metrics"] | found).items():
                 self.events.add_scalar(name, value, step)
         left = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
         eta = f"{int(left // 60)}:{int(left % 60):02d}"

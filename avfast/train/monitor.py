@@ -20,6 +20,7 @@ from avfast.distributed import world_size
 from avfast.train import parallel
 from avfast.train.run import Run, RunError
 from avfast.train.speed import Work, peak_memory
+from avfast.train.trainer import METRICS
 
 
 class Stopped(KeyboardInterrupt):
@@ -118,24 +119,27 @@ class Meter:
             RunError: a loss is not finite.
         """
         names = list(self.rows[-1][1])
+        judged = [i for i, name in enumerate(names) if not name.startswith(METRICS)]
         values = torch.stack([torch.stack([row[name] for name in names]) for _, row, _ in self.rows]).cpu()
         broken = [
             (step, row[0].item(), [self.run.clips.clips[i].id for i in index])
             for (step, _, index), row in zip(self.rows, values, strict=True)
-            if not torch.isfinite(row).all()
+            if not torch.isfinite(row[judged]).all()
         ]
         own = values.double().mean(0).tolist(), sum(len(i) for *_, i in self.rows)
         shares = parallel.gather((*own, self.failures, broken[:1], self.waited, peak_memory(self.run.trainer.device)))
         seconds = time.perf_counter() - self.began
-        losses, counts, failures, nonfinite, waited, memory = zip(*shares, strict=True)
+        values, counts, failures, nonfinite, waited, memory = zip(*shares, strict=True)
         self.run.account([failure for share in failures for failure in share])
         if found := [(*broken[0], rank) for rank, broken in enumerate(nonfinite) if broken]:
             step, value, ids, rank = min(found)
             raise RunError(f"step {step}: the loss is {value}, not finite, on rank {rank} with clips {', '.join(ids)}")
-        means = dict(zip(names, np.mean(losses, 0).tolist(), strict=True))
+        means = dict(zip(names, np.mean(values, 0).tolist(), strict=True))
         clips = sum(counts)
         self.clips, self.seconds = self.clips + clips, self.seconds + seconds
-        row = {"loss": means.pop("loss"), "losses": means, "clips_per_second": clips / seconds}
+        losses = {names[i]: means[names[i]] for i in judged}
+        metrics = {name.removeprefix(METRICS): value for name, value in means.items() if name not in losses}
+        row = {"loss": losses.pop("loss"), "losses": losses, "metrics": metrics, "clips_per_second": clips / seconds}
         row |= {"data_wait": max(waited) / seconds, "peak_memory": max(memory)}
         rate = self.run.matmul_rate
         if parallel.rank() == 0 and rate and (each := self.work.per_clip(self.batches[-1])):

@@ -34,6 +34,9 @@ def parameter_groups(model: Model, config: Config) -> list[dict[str, Any]]:
     ]
 
 
+METRICS = "metrics/"  # what names begin with that are no losses
+
+
 class Trainer:
     """A model with its optimisers, one per pass of the model, each with a loss scaler of its own.
 
@@ -62,7 +65,11 @@ class Trainer:
             self.runs = [GraphedPass(run, model.parameters()) for run in self.runs]
 
     def step(self, batches: list[Batch], lr: float, unimodal_factor: float = 1.0) -> dict[str, Tensor]:
-        """One optimiser step per pass on the same batches; the mean losses, still on the device."""
+        """One optimiser step per pass on the same batches.
+
+        Returns:
+            The mean losses, ``loss`` among them, and metrics as ``metrics/NAME``; still on the device.
+        """
         self.wrapped.train()
         means: dict[str, Tensor] = {}
         for only, optimizer, scaler, run in zip(
@@ -86,11 +93,12 @@ class Trainer:
     def forward_backward(
         self, scaler: torch.amp.GradScaler, inputs: dict[str, Tensor], draws: Draws, parts: int
     ) -> dict[str, Tensor]:
-        """Adds the gradients of one of a step's ``parts`` forward passes; the losses, without gradient."""
+        """Adds the gradients of one of a step's ``parts`` forward passes; what :meth:`step` returns of it."""
         with parallel.autocast(self.dtype, self.device):
             output = self.wrapped(**inputs, draws=draws)
         scaler.scale(output.loss / parts).backward()
-        return {name: x.detach().float() for name, x in ({"loss": output.loss} | output.losses).items()}
+        metrics = {f"{METRICS}{name}": x for name, x in output.metrics.items()}
+        return {name: x.detach().float() for name, x in ({"loss": output.loss} | output.losses | metrics).items()}
 
     def inputs(self, batch: Batch, only: str, train: bool = True) -> tuple[dict[str, Tensor], Draws]:
         """A model's inputs by name and draws for a batch of clips, on the device.
