@@ -1,4 +1,4 @@
-"""What turns decoded sound and pictures into the inputs of a model."""
+"""What turns decoded audio and frames into the inputs of a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Frontend:
-    """What the front ends share: settings that survive JSON, checks, ImageNet-normalised pictures.
+    """What the front ends share: settings that survive JSON, checks, ImageNet-normalised frames.
 
     A subclass sets its constructor's arguments as attributes, and nothing else, and provides ``num_samples`` and
     ``_inputs``; ``frames`` where its model takes others than one frame, as in ``frames = video(8, 4.0)``.
@@ -67,7 +67,7 @@ class Frontend:
 
     @property
     def seconds(self) -> float:
-        """How much sound a clip provides at most."""
+        """How much audio a clip provides at most."""
         return self.num_samples / self.sample_rate
 
     @property
@@ -78,7 +78,8 @@ class Frontend:
     def __call__(self, batch: Batch, *, train: bool = False, key: DrawKey | None = None) -> dict[str, Tensor]:
         """A model's inputs by name, on the batch's device: what :meth:`audio` and :meth:`visual` make of it.
 
-        There is no ``visual`` for a model that only listens.
+        There is no ``visual`` for a model that only listens. A front end whose model takes others overrides this;
+        training, evaluation and :meth:`load` ask for nothing else.
         """
         inputs = {"audio": self.audio(batch.waveform, batch.num_samples, train=train, key=key)}
         return inputs if self.frames is None else inputs | {"visual": self.visual(batch.frames)}
@@ -167,14 +168,14 @@ class Frontend:
 
 
 class KaldiFrontend(Frontend):
-    """Kaldi filter banks, padded and normalised, and ImageNet-normalised pictures, as CAV-MAE and AVSiam use them.
+    """Kaldi filter banks, padded and normalised, and ImageNet-normalised frames, as CAV-MAE and AVSiam use them.
 
     Args:
         num_frames: spectrogram frames; shorter clips are padded with zeros *before* normalisation, longer ones cut.
         num_mel_bins: mel bins.
         frame_shift_ms: milliseconds between frames.
         mean, std: of AudioSet's filter banks; the input is ``(x - mean) / std`` (AST and AudioMAE divide by 2 std).
-        image_size: height and width of the pictures.
+        image_size: height and width of the frames.
         sample_rate: of the waveforms, in Hz.
         noise: in training, ``x + u * v * noise`` with u ~ U[0, 1) per element and v ~ U[0, 1) per clip is fed; 0 for
             none.
@@ -251,7 +252,7 @@ class KaldiFrontend(Frontend):
 
 
 class HTKFrontend(Frontend):
-    """The logarithm of the mel power, not normalised, and ImageNet-normalised pictures, as DeepAVFusion uses them.
+    """The logarithm of the mel power, not normalised, and ImageNet-normalised frames, as DeepAVFusion uses them.
 
     Of the ``1 + S // hop`` frames of a waveform the last is dropped, which leaves 192 of 3 s at the defaults. (The
     paper gives 196 frames and a hop of 15 ms; the released code has 192 and 15.625 ms, and its weights fit these.)
@@ -260,7 +261,7 @@ class HTKFrontend(Frontend):
         num_frames: spectrogram frames. A shorter clip is continued by itself, backwards and forwards in turn; a longer
             one is cut.
         num_mel_bins: mel bins.
-        image_size: height and width of the pictures.
+        image_size: height and width of the frames.
         sample_rate: of the waveforms, in Hz.
         n_fft: samples in a frame.
         hop: samples between frames.

@@ -166,7 +166,7 @@ class Figures:
 
 
 class Model(Protocol):
-    """A model as training, evaluation, pictures and tasks see it: an :class:`~torch.nn.Module` with these members.
+    """A model as training, evaluation, figures and tasks see it: an :class:`~torch.nn.Module` with these members.
 
     Its inputs are named tensors, which its front end makes of a batch: ``audio`` ``(B, frames, mels)``, ``visual``
     ``(B, 3, H, W)``, ``(B, 3, T, H, W)`` ..., and what else it wants. It need not take both modalities.

@@ -1,4 +1,4 @@
-"""Zero-shot retrieval between the audio and the picture of the same clip, in matrix form.
+"""Zero-shot retrieval between the audio and the frame of the same clip, in matrix form.
 
 Protocol of CAV-MAE and AVSiam: tokens after the final norm are averaged per clip, compared by cosine, and the rank of
 the true partner among the whole gallery is recorded.

@@ -70,9 +70,9 @@ def evaluate(
         return scores, failures
     pairs = test.have("audio", "visual")
     if not model.contrasts:
-        scores["notes"].append("the model does not contrast sound and pictures: no retrieval")
+        scores["notes"].append("the model does not contrast audio and visual: no retrieval")
     elif pairs.sum() < 2:
-        scores["notes"].append("fewer than 2 held-out clips have both sound and pictures: no retrieval")
+        scores["notes"].append("fewer than 2 held-out clips have both audio and visual: no retrieval")
     else:
         audio, visual = test.features["audio"][pairs], test.features["visual"][pairs]
         scores["retrieval"] = retrieval(audio, visual)

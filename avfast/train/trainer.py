@@ -168,7 +168,7 @@ class Trainer:
 
 
 def blank(batch: Batch) -> Batch:
-    """A batch of which nothing could be decoded, as one row without sound and without pictures.
+    """A batch of which nothing could be decoded, as one row without audio and without frames.
 
     No loss counts the row, but the forward pass touches every parameter and joins every collective.
     """
