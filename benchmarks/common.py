@@ -349,7 +349,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parse.add_argument("--threads", type=int, help="CPU threads")
     parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parse.add_argument("--rounds", type=int, help="timed rounds per case")
-    parse.add_argument("--bare", action="store_true", help="no picture, on the CPU no memory")
+    parse.add_argument("--bare", action="store_true", help="no plot, on the CPU no memory")
     parse.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parse
 
@@ -415,13 +415,13 @@ def results_file(name: str, machine: Machine, csv_path: str | None) -> Path:
     return Path(csv_path) if csv_path else RESULTS / machine.device / f"{name}.csv"
 
 
-def finish(name: str, rows: list[Row], machine: Machine, csv_path: str | None, picture: bool = True) -> int:
-    """Prints the summary and draws the picture; the exit code is 1 if the gate refused one of ours."""
+def finish(name: str, rows: list[Row], machine: Machine, csv_path: str | None, plotted: bool = True) -> int:
+    """Prints the summary and draws the plot; the exit code is 1 if the gate refused one of ours."""
     print()
     print_speedups(rows)
-    if csv_path != "-" and picture:
+    if csv_path != "-" and plotted:
         from plot import plot
 
         path = results_file(name, machine, csv_path)
-        print(f"rows: {path}; picture: {plot(path)}")
+        print(f"rows: {path}; plot: {plot(path)}")
     return int(any(row.variant == OURS and row.median_ms is None for row in rows))

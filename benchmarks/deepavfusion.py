@@ -1,4 +1,4 @@
-"""DeepAVFusion's encoder: the paper's Table 5 (no fusion, late, dense, factorised), ours and the published form.
+"""DeepAVFusion's encoder: the paper's Table 5 (no fusion, late, dense, factorized), ours and the published form.
 
     python benchmarks/deepavfusion.py [--quick] [--cases 'dense*'] [--size base] [--clips 2] [--compile]
 
@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "none": {"fusion_layers": "none"},
     "late": {"fusion_layers": 1},
     "dense": {"fusion_arch": "dense"},
-    "factorised": {"fusion_arch": "factorized"},
+    "factorized": {"fusion_arch": "factorized"},
 }
 TOKENS = ("full", "masked")
 FORMS = (OURS, "published")
@@ -275,14 +275,14 @@ def step_memory(step: Step, phase: str) -> tuple[float, float]:
 
 
 def table(rows: Sequence[Row]) -> None:
-    """Every training step and inference pass against the published factorised one and the one without fusion."""
+    """Every training step and inference pass against the published factorized one and the one without fusion."""
     measured = {(r.case.split(" ", 1)[1], r.case.split()[0], r.variant, r.launch, r.phase): r for r in rows}
     for (rest, arch, form, launch, phase), row in measured.items():
         if phase not in ("both", "inference") or form != OURS or row.median_ms is None:
             continue
         others = {
             "published dense": measured.get((rest, "dense", "published", launch, phase)),
-            "published factorised": measured.get((rest, "factorised", "published", launch, phase)),
+            "published factorized": measured.get((rest, "factorized", "published", launch, phase)),
             "no fusion": measured.get((rest, "none", OURS, launch, phase)),
         }
         text = [f"{o.median_ms / row.median_ms:.2f} x {name}" for name, o in others.items() if o and o.median_ms]

@@ -93,7 +93,7 @@ def context_block(block: ContextBlock, tokens: Tensor, x: Tensor) -> Tensor:
 
 
 def fusion_block(block: FusionBlock, tokens: Tensor, audio: Tensor, visual: Tensor) -> Tensor:
-    """Dense, on all pairs of patches, or factorised, on all pairs of aggregation tokens."""
+    """Dense, on all pairs of patches, or factorized, on all pairs of aggregation tokens."""
     x, audio, visual = block.norm1(tokens), block.norm1_a(audio), block.norm1_v(visual)
     if block.arch == "dense":
         update = pair_module(block.attn, x, audio, visual)

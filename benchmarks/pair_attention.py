@@ -58,7 +58,7 @@ class Case:
 
 
 def all_cases(batch: int) -> dict[str, Case]:
-    """Patches of a whole clip, those masked pre-training keeps, and the aggregation tokens of the factorised form."""
+    """Patches of a whole clip, those masked pre-training keeps, and the aggregation tokens of the factorized form."""
     cases = [
         Case(f"full-96x196-b{batch}", batch, 32, 96, 196),
         Case(f"full-wide-b{batch}", batch, 32, 96, 196, widths=(768, 768)),

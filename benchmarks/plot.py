@@ -11,12 +11,12 @@ def plot(path: Path | str) -> Path | None:
     """One bar per case and variant for the latest measurement of each, as a PNG beside the file.
 
     Returns:
-        The picture's path, or None without matplotlib or without a timed row.
+        The plot's path, or None without matplotlib or without a timed row.
     """
     try:
         import matplotlib
     except ImportError:
-        print("no picture: pip install matplotlib", file=sys.stderr)
+        print("no plot: pip install matplotlib", file=sys.stderr)
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -94,8 +94,8 @@ def test_what_clips_hold(tmp_path: Path) -> None:
     write(folder / "both.mp4", seconds=0.3)
     (folder / "text.mp4").write_text("no film")
     found = modalities(read_folder(folder).clips)
-    assert found == Modalities(clips=4, looked_at=4, sound=2, pictures=2, both=1, unreadable=1)
-    assert str(found) == "4 clips: 2 with sound, 2 with pictures, 1 with both, 1 unreadable"
+    assert found == Modalities(clips=4, looked_at=4, audio=2, video=2, both=1, unreadable=1)
+    assert str(found) == "4 clips: 2 with audio, 2 with video, 1 with both, 1 unreadable"
     some = modalities(read_folder(folder).clips, limit=2)
     assert (some.clips, some.looked_at) == (4, 2) and str(some).startswith("2 of 4 clips looked at: ")
     tmp_path = tmp_path / "apart"
@@ -104,11 +104,11 @@ def test_what_clips_hold(tmp_path: Path) -> None:
         shutil.copy(folder / ("sound.wav" if name == "x.wav" else "silent.mp4"), tmp_path / name)
     apart = modalities(read_folder(tmp_path).clips)
     check_pairs(apart, contrasts=False)
-    with pytest.raises(SettingError, match=r"no clip has both \(3 clips: 1 with sound, 2 with pictures, 0 with both\)"):
+    with pytest.raises(SettingError, match=r"no clip has both \(3 clips: 1 with audio, 2 with video, 0 with both\)"):
         check_pairs(apart, contrasts=True)
     shutil.copy(folder / "sound.wav", tmp_path / "y.wav")
     assert modalities(read_folder(tmp_path).clips).both == 1  # paired by name
     alone = modalities([Clip("x", str(tmp_path / "x.wav"), None)])
     check_pairs(alone, contrasts=True)  # said, not refused
-    assert str(alone).endswith("0 with both; sound alone: there is no pair to learn from")
+    assert str(alone).endswith("0 with both; audio alone: there is no pair to learn from")
     assert modalities([]) == Modalities(0, 0, 0, 0, 0, 0)

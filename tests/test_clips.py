@@ -20,14 +20,13 @@ import pytest
 import torch
 from media_files import CLICK, grey, rotate_header, shown, tone, write
 
+from avfast.data.bad_files import BadFiles, TooManyBadFiles
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.clips import (
-    BadFiles,
     Batch,
     ClipDataset,
     Failure,
     StepBatches,
-    TooManyBadFiles,
     _end_with_trainer,
     collate,
     eval_loader,

@@ -155,7 +155,7 @@ def test_weights_are_those_of_the_map_over_pairs(packed):
     assert not p.requires_grad and not r.requires_grad
 
 
-def test_factorised_weights_add_up_over_patches():
+def test_factorized_weights_add_up_over_patches():
     module = block("factorized")
     p, r = module.weights(draw(2, sum(TOKENS)), draw(2, 6), draw(2, 5))
     assert p.shape == (2, HEADS, TOKENS[0], 6) and r.shape == (2, HEADS, TOKENS[0], 5)

@@ -70,14 +70,14 @@ def test_encoder_script_makes_the_table(scripts, tmp_path, capsys):
     assert scripts["deepavfusion"].main(command) == 0
     rows = _rows(target)
     phases, forms = ("forward", "backward", "both", "inference"), ("avfast", "published")
-    cases = {f"{a} {t} tiny 2 clips" for a in ("none", "late", "dense", "factorised") for t in ("full", "masked")}
+    cases = {f"{a} {t} tiny 2 clips" for a in ("none", "late", "dense", "factorized") for t in ("full", "masked")}
     assert {(r["case"], r["variant"], r["phase"]) for r in rows} == {
         (c, v, p) for c in cases for v in forms for p in phases
     }
     assert all(float(r["error"]) < 1e-5 and float(r["clips_per_s"]) > 0 for r in rows)
     published = {r["case"].split()[0]: float(r["ideal"]) for r in rows if r["variant"] == "published"}
     assert published["dense"] > published["late"] > published["none"] >= 1
-    assert "x published factorised" in capsys.readouterr().out
+    assert "x published factorized" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["value", "gradient"])
@@ -103,7 +103,7 @@ def test_no_speed_of_a_wrong_form(scripts, monkeypatch, tmp_path, capsys, name, 
 
 
 @pytest.mark.parametrize("tokens", ["full", "masked"])
-@pytest.mark.parametrize("arch", ["dense", "factorised"])
+@pytest.mark.parametrize("arch", ["dense", "factorized"])
 def test_published_form_is_the_same_function_in_float64(scripts, arch, tokens):
     script = scripts["deepavfusion"]
     setting = script.Setting(torch.device("cpu"), torch.float32, "tiny", 2, None)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.tasks.knn import nearest_neighbour
+from avfast.tasks.knn import knn
 from avfast.tasks.probe import average_precision
 
 
@@ -22,7 +22,7 @@ def test_accuracy_equals_a_loop(chunk):
     torch.manual_seed(0)
     features = {"audio": torch.randn(23, 5), "visual": torch.randn(23, 3), "fused": torch.randn(23, 8)}
     classes = torch.randint(0, 4, (23,))
-    found = nearest_neighbour(features, torch.eye(5)[classes], chunk=chunk)
+    found = knn(features, torch.eye(5)[classes], chunk=chunk)
     similarities = {name: cosines(x) for name, x in features.items()}
     similarities["sum"] = sum(similarities.values())
     for name, similarity in similarities.items():
@@ -35,12 +35,12 @@ def test_accuracy_equals_a_loop(chunk):
 def test_clusters_are_found_and_a_clip_is_not_its_own_neighbour():
     labels = torch.eye(4).repeat(10, 1)
     x = labels @ torch.randn(4, 16) + 0.01 * torch.randn(40, 16)
-    assert nearest_neighbour({"x": x}, labels) == {
+    assert knn({"x": x}, labels) == {
         "score": "accuracy",
         "chance": pytest.approx(9 / 39),
         "x": 1.0,
     }
-    alone = nearest_neighbour({"x": torch.randn(6, 3)}, torch.eye(6))  # its neighbour always has another class
+    alone = knn({"x": torch.randn(6, 3)}, torch.eye(6))  # its neighbour always has another class
     assert alone["x"] == 0
 
 
@@ -49,7 +49,7 @@ def test_several_labels_are_mean_average_precision():
     x = torch.randn(30, 4)
     labels = (torch.rand(30, 5) < 0.4).float()
     labels[:, 3] = 0  # a class that never occurs is left out
-    found = nearest_neighbour({"x": x}, labels)
+    found = knn({"x": x}, labels)
     similarity = cosines(x)
     neighbours = by_hand(similarity)
     scores = torch.stack([labels[j] * (1 + similarity[i, j]) for i, j in enumerate(neighbours)])
@@ -60,10 +60,10 @@ def test_several_labels_are_mean_average_precision():
 
 def test_what_has_no_neighbour_is_refused():
     with pytest.raises(ValueError, match="at least 2 clips, got 1"):
-        nearest_neighbour({"x": torch.ones(1, 2)}, torch.ones(1, 1))
+        knn({"x": torch.ones(1, 2)}, torch.ones(1, 1))
     with pytest.raises(ValueError, match=r"x: expected \(3, D\), got \(2, 2\)"):
-        nearest_neighbour({"x": torch.ones(2, 2)}, torch.ones(3, 1))
+        knn({"x": torch.ones(2, 2)}, torch.ones(3, 1))
     with pytest.raises(ValueError, match="x hold values that are not finite"):
-        nearest_neighbour({"x": torch.full((2, 2), torch.nan)}, torch.ones(2, 1))
+        knn({"x": torch.full((2, 2), torch.nan)}, torch.ones(2, 1))
     with pytest.raises(ValueError, match="no clip has a class"):
-        nearest_neighbour({"x": torch.ones(2, 2)}, torch.zeros(2, 3))
+        knn({"x": torch.ones(2, 2)}, torch.zeros(2, 3))

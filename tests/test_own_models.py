@@ -20,7 +20,7 @@ from avfast.train.evaluate import main as evaluate
 from avfast.train.log import read_metrics
 
 OWN = Path(__file__).with_name("own_models.py")
-# by recipe: its losses, the kinds of its features, its pictures
+# by recipe: its losses, the kinds of its features, its figures
 MODELS = {
     "listener": ({"reconstruction_audio"}, {"audio"}, {"reconstruction.png"}),
     "watcher": ({"intra_modal_visual", "reconstruction_visual"}, {"visual"}, {"reconstruction.png"}),
@@ -70,15 +70,15 @@ def test_a_model_of_ones_own_trains_through_the_command_line(name, folder, tmp_p
     joint = {"joint"} if {"audio", "visual"} <= kinds else set()
     every = {"audio", "visual", "fused"}
     assert summary["probe"]["of"] in joint | kinds and summary["probe"].keys() & every == kinds
-    assert summary["neighbours"].keys() & every == kinds and summary["bad_files"]["count"] <= 1
+    assert summary["knn"].keys() & every == kinds and summary["bad_files"]["count"] <= 1
     assert (summary["retrieval"] is not None) == (name == "matcher")
     said = capsys.readouterr().out
     assert not any(f"  {kind} " in said for kind in every - kinds), "no line of what the model does not give"
 
     assert evaluate([str(out)]) == 0
     report = json.loads((out / "evaluation-step-3.json").read_text())
-    assert all(report[part] == summary[part] for part in ("retrieval", "probe", "neighbours"))
-    words = ["--resume", str(out / "checkpoints/step-2"), "--out", str(tmp_path / "resumed"), "--pictures", "0"]
+    assert all(report[part] == summary[part] for part in ("retrieval", "probe", "knn"))
+    words = ["--resume", str(out / "checkpoints/step-2"), "--out", str(tmp_path / "resumed"), "--figures", "0"]
     assert main([*words, "--no-evaluate"]) == 0
     resumed, whole = (checkpoint.load(checkpoint.find(place))[0] for place in (tmp_path / "resumed", out))
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], x) for name, x in whole.items())

@@ -1,4 +1,4 @@
-"""What a run writes: checkpoints, the state of its generators, its log."""
+"""What a run reads and writes: its clips, checkpoints, the state of its generators, its log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from avfast.models import create_model
-from avfast.train import checkpoint, parallel
+from avfast.train import checkpoint, data, parallel
 from avfast.train.config import SettingError
 from avfast.train.log import Log, short
 from avfast.train.recipes import demo
@@ -77,3 +77,23 @@ def test_the_log_says_names_that_are_no_utf8(tmp_path, monkeypatch):
 
 def test_one_process_needs_no_group():
     assert parallel.rank() == 0 and parallel.gather("x") == ["x"] and parallel.first_only(lambda: 3) == 3
+
+
+def test_held_out_clips_keep_their_side(clips):
+    every = data.read([clips.train, clips.test], clips.classes)
+    train, held_out = data.split(every, 0.4)
+    assert {c.id for c in train.clips} | {c.id for c in held_out.clips} == {c.id for c in every.clips}
+    assert len(train) + len(held_out) == 24 and 3 < len(held_out) < 17
+    fewer = data.split(replace(every, clips=every.clips[:16]), 0.4)[1]
+    assert set(fewer.clips) <= set(held_out.clips)
+    assert len(data.first(every, 5)) == 5 and data.first(every, 5) == data.first(data.first(every, 9), 5)
+
+
+def test_shuffled_pairs_never_match(clips):
+    every = data.read([clips.train], clips.classes)
+    mixed = data.shuffled(every, 3)
+    assert mixed == data.shuffled(every, 3) != data.shuffled(every, 4)
+    assert [c.audio_path for c in mixed.clips] == [c.audio_path for c in every.clips]
+    assert sorted(c.video_path for c in mixed.clips) == sorted(c.video_path for c in every.clips)
+    assert all(c.audio_path != c.video_path for c in mixed.clips)
+    assert all(c.video_path.endswith(f"{c.id}.mp4") for c in mixed.clips)

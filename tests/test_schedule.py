@@ -150,13 +150,13 @@ def adaptive(clips, monkeypatch):
 
 
 def test_a_run_whose_batches_shrink(adaptive, tmp_path, capsys):
-    config = adaptive(tmp_path / "run", keep_checkpoints=0, neighbours_every=1.5, count_flops=True)
+    config = adaptive(tmp_path / "run", keep_checkpoints=0, knn_every=1.5, count_flops=True)
     assert [batch_sizes(config, lambda p: seeing_more(None, p))(epoch) for epoch in range(3)] == list(SIZES)
     assert run(config)["steps"] == 9
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row["epoch"] for row in rows] == pytest.approx([0.5, 1, 4 / 3, 5 / 3, 2, 2.25, 2.5, 2.75, 3])
     assert [row["batch"] for row in rows] == [8] * 2 + [5] * 3 + [4] * 4
-    assert [row["step"] for row in rows if "neighbours" in row] == [4, 9]
+    assert [row["step"] for row in rows if "knn" in row] == [4, 9]
     assert all(row["flops_per_second"] > 0 for row in rows)
     assert [path.name for path in checkpoint.complete(tmp_path / "run/checkpoints")] == ["step-2", "step-5", "step-9"]
     assert "1 x 4 clips a step (8 clips in the first epoch, 4 in the last), 9 steps" in capsys.readouterr().out

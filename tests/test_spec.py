@@ -108,7 +108,7 @@ def test_a_model_that_only_listens_opens_no_pictures(films: ClipList, cache: boo
     assert batch.has_audio.all() and not batch.has_visual.any() and batch.frames.shape == (1, 0, 3, 32, 32)
     silent = ClipList((Clip("x", None, films.clips[0].path),))
     failure = ClipDataset(silent, frontend=front, train=False, cache=cache)[0, 0, 0]
-    assert (failure.path, failure.reason) == (films.clips[0].path, "holds no sound")
+    assert (failure.path, failure.reason) == (films.clips[0].path, "holds no audio")
     assert list(front(batch)) == ["audio"] and list(front.load(films.clips[0].path)) == ["audio"]
 
 

@@ -31,18 +31,18 @@ def settings(out, clips, **changes):
     return replace(base, **changes)
 
 
-def test_a_run_ends_with_probes_neighbours_and_pictures(tmp_path, clips, capsys):
-    summary = run(settings(tmp_path / "run", clips, evaluate=True, pictures=2, neighbours_every=0.5))
+def test_a_run_ends_with_probes_knn_and_figures(tmp_path, clips, capsys):
+    summary = run(settings(tmp_path / "run", clips, evaluate=True, figures=2, knn_every=0.5))
     assert summary["retrieval"] is None and any("no retrieval" in note for note in summary["notes"])
     assert {"accuracy", "chance", "audio", "visual", "fused"} <= set(summary["probe"])
-    assert {"audio", "visual", "fused", "sum", "chance"} <= set(summary["neighbours"])
+    assert {"audio", "visual", "fused", "sum", "chance"} <= set(summary["knn"])
     printed = capsys.readouterr().out
     assert "linear probe" in printed and "audio to visual" not in printed
     for name in ("loss.png", "reconstruction.png", "attention.png"):
         assert (tmp_path / "run" / name).read_bytes()[:4] == b"\x89PNG"
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert set(rows[-1]["losses"]) == {"reconstruction_audio", "reconstruction_visual"}
-    assert [row["step"] for row in rows if "neighbours" in row] == [2, 4]
+    assert [row["step"] for row in rows if "knn" in row] == [2, 4]
 
 
 def test_the_demos_spectrogram_is_as_long_as_its_clips():

@@ -1,13 +1,12 @@
 """Clips in, tensors out: manifests, media decoding, log-mel filter banks, augmentation."""
 
+from avfast.data.bad_files import BadFiles, TooManyBadFiles
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.clips import (
-    BadFiles,
     Batch,
     ClipDataset,
     Failure,
     StepBatches,
-    TooManyBadFiles,
     collate,
     eval_loader,
     make_loader,

@@ -1,4 +1,4 @@
-"""From lists of clips to batches: sampling, collating, loading, and an account of what could not be read.
+"""From lists of clips to batches: sampling, collating, loading.
 
 Everything random is named by (seed, step, position in the global batch), so a run may stop and resume at any step and
 be split over any number of processes and workers without changing a sample.
@@ -15,7 +15,7 @@ import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -30,14 +30,12 @@ from avfast.random import DrawKey, progress
 from avfast.tensors import to_device
 
 __all__ = [
-    "BadFiles",
     "Batch",
     "ClipDataset",
     "Failure",
     "Loader",
     "Sample",
     "StepBatches",
-    "TooManyBadFiles",
     "collate",
     "eval_loader",
     "make_loader",
@@ -51,9 +49,9 @@ class Batch:
     """The local part of a global batch. B counts the samples that could be decoded, and may be 0.
 
     Attributes:
-        waveform: (B, S) float32, zero-padded to the longest; zeros for a sample without sound.
+        waveform: (B, S) float32, zero-padded to the longest; zeros for a sample without audio.
         num_samples: (B,) int64, valid samples of each row.
-        frames: (B, F, 3, H, W) uint8, zeros without pictures. F is 1 for a model of one frame, T * t for one of T clips
+        frames: (B, F, 3, H, W) uint8, zeros without video. F is 1 for a model of one frame, T * t for one of T clips
             of t frames; a front end gives them the shape that its model takes.
         has_audio, has_visual: (B,) bool.
         labels: (B, C) float32 multi-hot, or None where the data has no classes.
@@ -412,45 +410,3 @@ def eval_loader(
     return make_loader(
         dataset, _InOrder(len(dataset), batch_size, rank, world_size), num_workers, pin_memory=pin_memory
     )
-
-
-class TooManyBadFiles(RuntimeError):
-    """More files than tolerated could not be decoded; the message names them."""
-
-
-@dataclass
-class BadFiles:
-    """Account of the files that could not be decoded.
-
-    Args:
-        total: clips in the data.
-        max_share: of them that may be bad.
-    """
-
-    total: int
-    max_share: float = 0.05
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def add(self, failures: Iterable[Failure]) -> list[Failure]:
-        """Counts each path once; returns those that are new, for the log."""
-        new = []
-        for failure in failures:
-            if failure.path not in self.reasons:
-                self.reasons[failure.path] = failure.reason
-                new.append(failure)
-        return new
-
-    def check(self) -> None:
-        """Raises TooManyBadFiles when more than ``max_share`` of all clips are bad."""
-        count = len(self.reasons)
-        if count > self.max_share * self.total:
-            shown = [f"{path}: {reason}" for path, reason in list(self.reasons.items())[:10]]
-            more = [f"and {count - 10} more"] if count > 10 else []
-            raise TooManyBadFiles(
-                f"{count} of {self.total} clips cannot be decoded, more than the {self.max_share:.3g} share allowed: "
-                + "; ".join(shown + more)
-            )
-
-    def summary(self) -> dict[str, Any]:
-        """For summary.json: ``{"count", "total", "files": {path: reason}}``."""
-        return {"count": len(self.reasons), "total": self.total, "files": dict(self.reasons)}

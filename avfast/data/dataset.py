@@ -48,8 +48,8 @@ class Sample:
 
     Attributes:
         index, step, position: as asked for.
-        waveform: (samples,) float32, or None without sound.
-        frames: (F, 3, size, size) uint8, or None without pictures.
+        waveform: (samples,) float32, or None without audio.
+        frames: (F, 3, size, size) uint8, or None without video.
         labels: class indices.
         short: it has less than 95 % of the window that the model looks at; the rest will be padded.
         truncated: those of its files that end before their headers say.
@@ -76,7 +76,7 @@ class _Decoded:
     truncated: tuple[str, ...]
 
 
-_Cut = tuple[Tensor | None, Tensor | None, bool, tuple[str, ...]]  # sound, pictures, short, truncated
+_Cut = tuple[Tensor | None, Tensor | None, bool, tuple[str, ...]]  # audio, frames, short, truncated
 
 
 class ClipDataset(Dataset[Sample | Failure]):
@@ -84,7 +84,7 @@ class ClipDataset(Dataset[Sample | Failure]):
 
     Training takes a random window of ``spec.seconds`` where the clip is longer, the frames of it that ``spec.frames``
     says, a random resized crop and a coin for the flip, the same for all frames. Evaluation takes the first window,
-    frames resized and centre-cropped. The window lies where there are both sound and pictures: if decoding finds less
+    frames resized and centre-cropped. The window lies where there are both audio and video: if decoding finds less
     than the headers promise, it is taken anew from what is there.
 
     Args:
@@ -92,7 +92,7 @@ class ClipDataset(Dataset[Sample | Failure]):
         frontend: of the model, or its ``spec`` alone: what the model wants of a clip.
         train: see above.
         seed: of the random choices of training.
-        cache: keep what is decoded in memory: all sound, and 16 frames per clip or as many as ``spec.frames`` asks for,
+        cache: keep what is decoded in memory: all audio, and 16 frames per clip or as many as ``spec.frames`` asks for,
             evenly spaced, with a short side of 1.25 image sizes at most. For data sets that fit.
         crop_scale: area share of the random crop.
     """
@@ -130,7 +130,7 @@ class ClipDataset(Dataset[Sample | Failure]):
             cut = self._cut(self._remember(index), rng) if self.cache else self._decode(clip, rng)
             waveform, frames, short, truncated = cut
             if waveform is None and frames is None:
-                lacks = "holds no sound" if self.spec.frames is None else "holds neither sound nor pictures"
+                lacks = "holds no audio" if self.spec.frames is None else "holds neither audio nor video"
                 raise MediaError(self.clips[index].path, lacks)
         except MediaError as error:
             return Failure(error.path, error.reason, index, step, position)
@@ -160,42 +160,42 @@ class ClipDataset(Dataset[Sample | Failure]):
         return [Failure(error.path, error.reason, i) for i, error in errors]
 
     def _clip(self, index: int) -> Clip:
-        """The clip, without its pictures where nobody looks at them."""
+        """The clip, without its video where nobody looks at it."""
         clip = self.clips[index]
         return clip if self.spec.frames is not None else replace(clip, video_path=None, frames_dir=None)
 
     def _decode(self, clip: Clip, rng: np.random.Generator | None) -> _Cut:
         draw = self.spec.draw(rng)
         with ExitStack() as stack:
-            sound, pictures = _open(clip, stack)
-            duration = _duration(sound, pictures)
-            waveform, frames, short, end = self._read(clip, sound, pictures, duration, draw)
-            there, truncated = self._settle(sound, pictures, duration, end)
+            audio, video = _open(clip, stack)
+            duration = _duration(audio, video)
+            waveform, frames, short, end = self._read(clip, audio, video, duration, draw)
+            there, truncated = self._settle(audio, video, duration, end)
             if there < duration:
-                waveform, frames, short, _ = self._read(clip, sound, pictures, there, draw)
+                waveform, frames, short, _ = self._read(clip, audio, video, there, draw)
             return _non_empty(waveform), frames, short, truncated
 
     def _read(
         self,
         clip: Clip,
-        sound: MediaFile | None,
-        pictures: MediaFile | None,
+        audio: MediaFile | None,
+        video: MediaFile | None,
         duration: float,
         draw: Draw,
     ) -> tuple[Tensor | None, Tensor | None, bool, dict[str, float]]:
-        """Sound and pictures of one window, whether it is short, and up to where both had to be there."""
+        """Audio and frames of one window, whether it is short, and up to where both had to be there."""
         start, times = self.spec.window(duration, draw)
         waveform = None
-        if sound is not None:
-            waveform = sound.audio(sample_rate=self.spec.sample_rate, start=start, seconds=self.spec.seconds)
+        if audio is not None:
+            waveform = audio.audio(sample_rate=self.spec.sample_rate, start=start, seconds=self.spec.seconds)
         end = {"audio": min(start + self.spec.seconds, duration), "video": max(times, default=0.0)}
-        return waveform, _pictures(clip, pictures, times, duration), self._short(duration), end
+        return waveform, _frames(clip, video, times, duration), self._short(duration), end
 
     def _short(self, duration: float) -> bool:
         return duration < _SHORT * self.spec.seconds
 
     def _settle(
-        self, sound: MediaFile | None, pictures: MediaFile | None, duration: float, end: dict[str, float]
+        self, audio: MediaFile | None, video: MediaFile | None, duration: float, end: dict[str, float]
     ) -> tuple[float, tuple[str, ...]]:
         """How long a clip is whose streams were read up to ``end``, and its truncated files."""
         slack = (1 - _SHORT) * self.spec.seconds
@@ -203,15 +203,15 @@ class ClipDataset(Dataset[Sample | Failure]):
         def ended(media: MediaFile | None, kind: str) -> bool:
             return media is not None and media.ends.get(kind, np.inf) < end[kind] - slack
 
-        if not (ended(sound, "audio") or ended(pictures, "video")):
+        if not (ended(audio, "audio") or ended(video, "video")):
             return duration, ()
-        files = {media.path: media for media in (sound, pictures) if media is not None}
+        files = {media.path: media for media in (audio, video) if media is not None}
         there = {path: media.measure() for path, media in files.items()}
         truncated = tuple(p for p, media in files.items() if max(there[p].values()) < media.info.duration - slack)
-        # The last picture stays until the file ends; a stream of sound without any is none
-        limits = [max(there[pictures.path].values())] if pictures is not None and pictures.info.has_video else []
-        if sound is not None and sound.info.has_audio:
-            limits.append(min(there[sound.path]["audio"], sound.ends.get("audio", np.inf)))
+        # The last frame stays until the file ends; an audio stream without any is none
+        limits = [max(there[video.path].values())] if video is not None and video.info.has_video else []
+        if audio is not None and audio.info.has_audio:
+            limits.append(min(there[audio.path]["audio"], audio.ends.get("audio", np.inf)))
         shortest = min((limit for limit in limits if limit > 0), default=duration)
         return (shortest if shortest < duration - slack else duration), truncated
 
@@ -232,28 +232,28 @@ class ClipDataset(Dataset[Sample | Failure]):
 
     def _decode_all(self, clip: Clip) -> _Decoded:
         with ExitStack() as stack:
-            sound, pictures = _open(clip, stack)
-            duration = _duration(sound, pictures)
-            waveform = sound.audio(sample_rate=self.spec.sample_rate) if sound is not None else None
-            times, frames = self._spread(clip, pictures, duration)
-            there, truncated = self._settle(sound, pictures, duration, {"audio": duration, "video": times[-1]})
+            audio, video = _open(clip, stack)
+            duration = _duration(audio, video)
+            waveform = audio.audio(sample_rate=self.spec.sample_rate) if audio is not None else None
+            times, frames = self._spread(clip, video, duration)
+            there, truncated = self._settle(audio, video, duration, {"audio": duration, "video": times[-1]})
             if there < duration:
                 duration = there
-                times, frames = self._spread(clip, pictures, duration)
+                times, frames = self._spread(clip, video, duration)
         if frames is not None:
             size = int(_CACHED_SIZE * self.spec.image_size)
             frames = resize_short_side(frames, size) if min(frames.shape[-2:]) > size else frames
             frames = frames.contiguous()
         return _Decoded(_non_empty(waveform), frames, times, duration, truncated)
 
-    def _spread(self, clip: Clip, pictures: MediaFile | None, duration: float) -> tuple[list[float], Tensor | None]:
+    def _spread(self, clip: Clip, video: MediaFile | None, duration: float) -> tuple[list[float], Tensor | None]:
         """Times of the frames that a cache keeps, and the frames."""
-        rate = pictures.info.frame_rate if pictures is not None else 0.0
+        rate = video.info.frame_rate if video is not None else 0.0
         count = self.spec.enough(duration, _CACHED_FRAMES)
         count = count if rate <= 0 else min(count, max(1, round(duration * rate)))
         count = _STILLS if clip.frames_dir is not None else count
         times = [duration * (i + 0.5) / count for i in range(count)]
-        return times, _pictures(clip, pictures, times, duration)
+        return times, _frames(clip, video, times, duration)
 
     def _cut(self, clip: _Decoded, rng: np.random.Generator | None) -> _Cut:
         start, times = self.spec.window(clip.duration, self.spec.draw(rng))
@@ -273,23 +273,23 @@ class Modalities:
     Attributes:
         clips: in the list.
         looked_at: those whose files were opened; evenly spaced where it is not all of them.
-        sound, pictures, both: of those.
+        audio, video, both: of those.
         unreadable: of those.
     """
 
     clips: int
     looked_at: int
-    sound: int
-    pictures: int
+    audio: int
+    video: int
     both: int
     unreadable: int
 
     def __str__(self) -> str:
         of = "clips" if self.looked_at == self.clips else f"of {self.clips} clips looked at"
-        text = f"{self.looked_at} {of}: {self.sound} with sound, {self.pictures} with pictures, {self.both} with both"
+        text = f"{self.looked_at} {of}: {self.audio} with audio, {self.video} with video, {self.both} with both"
         text += f", {self.unreadable} unreadable" if self.unreadable else ""
-        if bool(self.sound) != bool(self.pictures):
-            text += f"; {'sound' if self.sound else 'pictures'} alone: there is no pair to learn from"
+        if bool(self.audio) != bool(self.video):
+            text += f"; {'audio' if self.audio else 'video'} alone: there is no pair to learn from"
         return text
 
 
@@ -300,9 +300,9 @@ def modalities(clips: Sequence[Clip], limit: int = 500, threads: int = 4) -> Mod
         clip = clips[index]
         try:
             with ExitStack() as stack:
-                sound, pictures = _open(clip, stack)
-                seen = clip.frames_dir is not None or (pictures is not None and pictures.info.has_video)
-                return sound is not None and sound.info.has_audio, seen
+                audio, video = _open(clip, stack)
+                seen = clip.frames_dir is not None or (video is not None and video.info.has_video)
+                return audio is not None and audio.info.has_audio, seen
         except MediaError:
             return None
 
@@ -310,26 +310,26 @@ def modalities(clips: Sequence[Clip], limit: int = 500, threads: int = 4) -> Mod
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(look, [i * len(clips) // count for i in range(count)]))
     good = [pair for pair in found if pair is not None]
-    sound, pictures = (sum(pair[i] for pair in good) for i in (0, 1))
-    return Modalities(len(clips), count, sound, pictures, sum(map(all, good)), count - len(good))
+    audio, video = (sum(pair[i] for pair in good) for i in (0, 1))
+    return Modalities(len(clips), count, audio, video, sum(map(all, good)), count - len(good))
 
 
 def _open(clip: Clip, stack: ExitStack) -> tuple[MediaFile | None, MediaFile | None]:
-    """(sound, pictures), one file where both are in one."""
-    sound = stack.enter_context(MediaFile(clip.audio_path)) if clip.audio_path else None
+    """(audio, video), one file where both are in one."""
+    audio = stack.enter_context(MediaFile(clip.audio_path)) if clip.audio_path else None
     if clip.video_path is None:
-        return sound, None
+        return audio, None
     if clip.video_path == clip.audio_path:
-        return sound, sound
-    return sound, stack.enter_context(MediaFile(clip.video_path))
+        return audio, audio
+    return audio, stack.enter_context(MediaFile(clip.video_path))
 
 
-def _duration(sound: MediaFile | None, pictures: MediaFile | None) -> float:
+def _duration(audio: MediaFile | None, video: MediaFile | None) -> float:
     """Of what both have; extracted stills alone stand for ten seconds."""
-    return min((media.info.duration for media in (sound, pictures) if media is not None), default=_STILLS_SECONDS)
+    return min((media.info.duration for media in (audio, video) if media is not None), default=_STILLS_SECONDS)
 
 
-def _pictures(clip: Clip, media: MediaFile | None, times: Sequence[float], duration: float) -> Tensor | None:
+def _frames(clip: Clip, media: MediaFile | None, times: Sequence[float], duration: float) -> Tensor | None:
     """(F, 3, H, W) uint8."""
     frames = media.frames(times) if media is not None else None
     if clip.frames_dir is not None:
@@ -344,9 +344,7 @@ def _still(folder: str, name: str, number: int) -> Tensor:
         path = os.path.join(folder, f"frame_{i}", f"{name}.jpg")
         if os.path.exists(path):
             return read_image(path)
-    raise MediaError(
-        os.path.join(folder, f"frame_{number}", f"{name}.jpg"), "no such picture, nor one of a lower number"
-    )
+    raise MediaError(os.path.join(folder, f"frame_{number}", f"{name}.jpg"), "no such image, nor one of a lower number")
 
 
 def _non_empty(waveform: Tensor | None) -> Tensor | None:

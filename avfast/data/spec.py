@@ -77,7 +77,7 @@ class ClipSpec:
 
     Args:
         seconds: of the window.
-        sample_rate: of its sound, in Hz.
+        sample_rate: of its audio, in Hz.
         image_size: height and width of its frames.
         frames: which; None for a model that only listens.
     """

@@ -28,7 +28,7 @@ aggregated tokens (Eq. 9)  cross-attention block with residual     what the atte
                            and MLP
 token fusion               attends to fusion tokens as well        attends to patches only, as here
 fusion_attn_ratio          16 per head for self- and cross-        queries and keys over pairs only; aggregation
-                           attention                               attention and factorised values stay 64 wide, as here
+                           attention                               attention and factorized values stay 64 wide, as here
 fusion_mlp_ratio           1, default                              1 on VGGSound, 4 on AudioSet (attention ratio 1)
 audio_size                 196 frames of 15 ms                     192 of 15.625 ms, default here
 order of updates           "parallel and sequential" (conclusion)  parallel only, as here

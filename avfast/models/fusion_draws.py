@@ -17,8 +17,8 @@ from avfast.packing import other_rows
 from avfast.tensors import tensor_cache
 
 FIGURE_LEGEND = (
-    "r, p: the weight that the fusion tokens give each patch of the picture (r) and of the sound (p), averaged over "
-    "heads and fusion tokens; before that, the weight of a pair is p times r"
+    "r, p: the weight that the fusion tokens give each patch of the frame (r) and of the spectrogram (p), averaged "
+    "over heads and fusion tokens; before that, the weight of a pair is p times r"
 )
 
 

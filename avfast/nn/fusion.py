@@ -10,7 +10,7 @@ part per modality, the softmax over pairs is the product of two softmaxes and wh
 the approximation. It also says what dense interactions can express: they are two cross-attentions which share their
 queries, added. No pair is selected beyond what the choice of its two members, each made alone, implies. From token
 fusion (one softmax over both modalities) they differ in that each modality is normalised by itself and so always has
-weight 1, in separate key and value weights, and, factorised, in the full-width attention of the aggregation tokens and
+weight 1, in separate key and value weights, and, factorized, in the full-width attention of the aggregation tokens and
 4.6 times the parameters per block: Table 4, row 3 against row 1, does not isolate interactions, and the cost of dense
 fusion in Table 5 is avoidable.
 """

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from avfast.tasks.probe import average_precision
 
 
-def nearest_neighbour(features: Mapping[str, Tensor], labels: Tensor, chunk: int = 2048) -> dict[str, Any]:
+def knn(features: Mapping[str, Tensor], labels: Tensor, chunk: int = 2048) -> dict[str, Any]:
     """Classifies each clip by the most similar other clip (cosine), by each kind of features and by their sum.
 
     DeepAVFusion's measure during training (Figure 3): mean tokens of a modality or of the fusion tokens, clips of one

@@ -69,7 +69,7 @@ class Config:
     demo_set: str = free("tiny", "which built-in demo clips are made")
     demo_clips: int | None = free(None, "number of demo clips (default: the set's own)", low=1)
     crop_scale: tuple[float, float] = setting((0.2, 1.0), "area share of the random crop of training frames")
-    shuffle_pairs: bool = setting(False, "control: train on the sound of one clip with the picture of another, fixed")
+    shuffle_pairs: bool = setting(False, "control: train on the audio of one clip with the video of another, fixed")
     cache_media: bool = free(False, "keep decoded clips in memory, so that each file is decoded once")
     workers: int = free(8, "processes per rank that decode clips; 0: in the training process", low=0)
     max_bad_files: float = free(0.05, "share of undecodable files beyond which the run ends", low=0, high=1)
@@ -129,11 +129,11 @@ class Config:
     checkpoint_every: int | None = free(None, "steps between checkpoints (default: one per epoch)", low=1)
     keep_checkpoints: int = free(2, "newest checkpoints kept; 0: all", low=0)
     tensorboard: bool = free(True, "write TensorBoard events where tensorboard is installed")
-    pictures: int = free(4, "held-out clips whose reconstruction is drawn at the end; 0: none", low=0)
+    figures: int = free(4, "held-out clips whose reconstruction is drawn at the end; 0: none", low=0)
     evaluate: bool = free(True, "retrieval, linear probe and nearest neighbours at the end")
     eval_clips: int | None = free(None, "at most so many held-out clips (the first by id hash)", low=2)
     probe_clips: int = free(20000, "at most so many training clips for the linear probe; 0: no probe", low=0)
-    neighbours_every: float | None = free(
+    knn_every: float | None = free(
         None, "epochs between the accuracies of nearest neighbours among the held-out clips in metrics.jsonl", low=1e-9
     )
     probe_l2: float = free(1e-2, "weight penalty of the linear probe", low=0)

@@ -54,17 +54,17 @@ def read(
 
 
 def check_pairs(found: Modalities, contrasts: bool) -> None:
-    """Refuses to contrast sounds and pictures that belong to different clips; with one of them alone a run is said."""
-    if contrasts and found.sound and found.pictures and not found.both:
-        raise SettingError(f"--data: the model contrasts sound with pictures, and no clip has both ({found})")
+    """Refuses to contrast audio and video that belong to different clips; with one of them alone a run is said."""
+    if contrasts and found.audio and found.video and not found.both:
+        raise SettingError(f"--data: the model contrasts audio with video, and no clip has both ({found})")
 
 
 def digest(clips: ClipList) -> str:
     """Which clips these are, and in which order: by id, modalities and weight, wherever their files are."""
     found = hashlib.sha256()
     for clip in clips.clips:
-        pictures = clip.video_path is not None or clip.frames_dir is not None
-        found.update(repr((clip.id, clip.audio_path is not None, pictures, clip.weight)).encode())
+        video = clip.video_path is not None or clip.frames_dir is not None
+        found.update(repr((clip.id, clip.audio_path is not None, video, clip.weight)).encode())
     return f"{len(clips)} clips, {found.hexdigest()[:12]}"
 
 
@@ -90,7 +90,7 @@ def first(clips: ClipList, limit: int | None) -> ClipList:
 
 
 def shuffled(clips: ClipList, seed: int) -> ClipList:
-    """Every sound with the picture of another clip: a random cycle through all clips, fixed by the seed.
+    """The audio of every clip with the video of another: a random cycle through all clips, fixed by the seed.
 
     A control for pre-training: what is learned from such pairs cannot come from the correspondence.
     """
@@ -99,6 +99,6 @@ def shuffled(clips: ClipList, seed: int) -> ClipList:
     return replace(clips, clips=PackedClips(_pair(clips.clips, i, partner[i]) for i in range(len(clips))))
 
 
-def _pair(clips: Sequence[Clip], sound: int, picture: int) -> Clip:
-    # the id goes with the picture: extracted frames are found by it
-    return replace(clips[picture], audio_path=clips[sound].audio_path, labels=clips[sound].labels)
+def _pair(clips: Sequence[Clip], audio: int, video: int) -> Clip:
+    # the id goes with the video: extracted frames are found by it
+    return replace(clips[video], audio_path=clips[audio].audio_path, labels=clips[audio].labels)

@@ -22,7 +22,7 @@ from avfast.data.frontend import Frontend
 from avfast.data.manifest import ClipList
 from avfast.models import Model
 from avfast.tasks.features import KINDS, Pooled, pooled
-from avfast.tasks.knn import nearest_neighbour
+from avfast.tasks.knn import knn
 from avfast.tasks.probe import linear_probe
 from avfast.tasks.retrieval import retrieval
 from avfast.train import checkpoint, data, parallel
@@ -79,7 +79,7 @@ def evaluate(
         groups = group_ids(held_out, test.index[pairs], config.group_parts)
         if groups is not None and len(groups.unique()) < len(groups):
             scores["retrieval"]["within_group"] = retrieval(audio, visual, groups)
-    scores["neighbours"] = neighbours(test, scores["notes"])
+    scores["knn"] = knn_scores(test, scores["notes"])
     if test.labels is None or not config.probe_clips:
         scores["notes"].append(
             "the clips have no classes: no linear probe" if config.probe_clips else "probe_clips is 0: no linear probe"
@@ -93,15 +93,15 @@ def evaluate(
 
 def nothing() -> dict[str, Any]:
     """The record of an evaluation before anything is known."""
-    return {"retrieval": None, "probe": None, "neighbours": None, "notes": [], "diverged": None}
+    return {"retrieval": None, "probe": None, "knn": None, "notes": [], "diverged": None}
 
 
-def neighbours(found: Pooled, notes: list[str]) -> dict[str, Any] | None:
-    """:func:`avfast.tasks.knn.nearest_neighbour` among the clips that have a class and every kind of features."""
+def knn_scores(found: Pooled, notes: list[str]) -> dict[str, Any] | None:
+    """:func:`avfast.tasks.knn.knn` among the clips that have a class and every kind of features."""
     if found.labels is None:
         return None
     try:
-        return nearest_neighbour(*found.labelled(*found.features))
+        return knn(*found.labelled(*found.features))
     except ValueError as error:
         notes.append(f"nearest neighbours: {error}")
         return None
@@ -112,7 +112,7 @@ def judged(clips: ClipList, config: Config, frontend: Frontend, cache: bool = Fa
     return ClipDataset(clips, frontend=frontend, train=False, seed=config.seed, cache=cache)
 
 
-class Neighbours:
+class KNN:
     """Accuracy of nearest neighbours among the held-out clips, again and again while a model is trained.
 
     Args:
@@ -127,8 +127,8 @@ class Neighbours:
         self.dataset = judged(clips, config, frontend, config.cache_media)
 
     def __call__(self, model: Model, device: torch.device) -> dict[str, Any] | None:
-        """What :func:`neighbours` gives now. Every process must call it."""
-        return neighbours(features(model, self.config, self.dataset, device), [])
+        """What :func:`knn_scores` gives now. Every process must call it."""
+        return knn_scores(features(model, self.config, self.dataset, device), [])
 
 
 def probes(train: Pooled, test: Pooled, l2: float, notes: list[str]) -> dict[str, Any] | None:
@@ -203,7 +203,7 @@ def table(scores: dict[str, Any]) -> str:
         why = f"1 of {round(1 / probe['chance'])} classes" if key == "accuracy" else MEAN_SHARE
         lines.append(f"  {'chance':28}{probe['chance']:9.1%}  ({why})")
         shown |= rows.keys()
-    if near := scores["neighbours"]:
+    if near := scores["knn"]:
         lines.append(f"{'nearest neighbour':30}{near['score']:>9}")
         rows = {name: near[name] for name in (*KINDS, "sum") if name in near}
         lines += [f"  {name:28}{value:9.1%}" for name, value in rows.items()]

@@ -37,7 +37,7 @@ def capture(run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Ca
 class GraphedPass:
     """A pass that is captured once its shapes come twice in a row; other shapes run as they are.
 
-    Multi-ratio masking gives the same shapes at every step. A clip without sound does not; nor does a new epoch where
+    Multi-ratio masking gives the same shapes at every step. A clip without audio does not; nor does a new epoch where
     batches or ratios change with it: shapes that come ``STAY`` times in a row replace those captured before. There is
     one graph at a time, as each holds the memory of a whole pass.
 

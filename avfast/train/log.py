@@ -113,8 +113,8 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
         if self.events is not None:
-            plain = {k: v for k, v in row.items() if k not in ("losses", "metrics", "neighbours")}
-            found = {f"neighbours/{k}": v for k, v in (row.get("neighbours") or {}).items() if k != "score"}
+            plain = {k: v for k, v in row.items() if k not in ("losses", "metrics", "knn")}
+            found = {f"knn/{k}": v for k, v in (row.get("knn") or {}).items() if k != "score"}
             for name, value in (plain | row["losses"] | row["metrics"] | found).items():
                 self.events.add_scalar(name, value, step)
         left = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
@@ -125,7 +125,7 @@ class Log:
             f"step {step}/{self.total}  {short(row['loss'], row['losses'])}  {speed}"
             f"wait {row['data_wait']:.0%} {row['peak_memory'] / 1e9:.1f} GB  eta {eta}"
         )
-        if near := row.get("neighbours"):
+        if near := row.get("knn"):
             scores = "  ".join(f"{name} {near[name]:.1%}" for name in near if name != "score")
             self.say(f"nearest neighbour, {near['score']}: {scores}")
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from avfast.data.clips import BadFiles, Batch, ClipDataset, Loader, StepBatches, make_loader
+from avfast.data.bad_files import BadFiles
+from avfast.data.clips import Batch, ClipDataset, Loader, StepBatches, make_loader
 from avfast.data.dataset import modalities
 from avfast.distributed import world_size
 from avfast.train import checkpoint, data, parallel
 from avfast.train.config import Config, SettingError
-from avfast.train.evaluate import Neighbours
+from avfast.train.evaluate import KNN
 from avfast.train.log import Log
 from avfast.train.monitor import Meter, Signals, Stopped
 from avfast.train.run import Run
@@ -193,8 +194,8 @@ def fit(run: Run, loader: Iterator[Batch], signals: Signals) -> float | None:
     """The training loop. Returns clips per second over all processes, probes and checkpoints left out."""
     config, trainer, schedule = run.config, run.trainer, run.schedule
     probe = None
-    if config.neighbours_every and len(run.held_out) > 1 and run.held_out.class_names:
-        probe = Neighbours(config, run.held_out, trainer.model.frontend)
+    if config.knn_every and len(run.held_out) > 1 and run.held_out.class_names:
+        probe = KNN(config, run.held_out, trainer.model.frontend)
     meter = Meter(run)
     size = None
     signals.stepping = True
@@ -210,11 +211,11 @@ def fit(run: Run, loader: Iterator[Batch], signals: Signals) -> float | None:
         stopped = signals.asked(last)
         due = (step + 1) % config.checkpoint_every == 0 if config.checkpoint_every else schedule.ends(step, 1)
         saves = due or last or stopped
-        probes = probe is not None and schedule.ends(step, config.neighbours_every or 1)
+        probes = probe is not None and schedule.ends(step, config.knn_every or 1)
         if saves or probes or (step + 1) % config.log_every == 0:
             row = meter.close() | {"lr": rate, "epoch": schedule.epochs(step + 1), "batch": size}
             if probe is not None and probes:
-                row["neighbours"] = probe(whole_model(trainer), trainer.device)
+                row["knn"] = probe(whole_model(trainer), trainer.device)
             run.log.record(step + 1, row)
             if saves:
                 run.save(step + 1)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from avfast.data.bad_files import BadFiles, TooManyBadFiles
 from avfast.data.clip_list import ClipList
-from avfast.data.clips import BadFiles, Failure, StepBatches, TooManyBadFiles
+from avfast.data.clips import Failure, StepBatches
 from avfast.data.dataset import Modalities
 from avfast.distributed import world_size
 from avfast.train import checkpoint, parallel

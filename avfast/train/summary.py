@@ -1,4 +1,4 @@
-"""What a run leaves behind: scores, pictures, summary.json."""
+"""What a run leaves behind: scores, figures, summary.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from avfast.distributed import world_size
 from avfast.models import Model
 from avfast.train import data, parallel
 from avfast.train.evaluate import evaluate, nothing, table
-from avfast.train.pictures import (
+from avfast.train.figures import (
     Labels,
     draw_attention,
     draw_losses,
@@ -26,11 +26,11 @@ from avfast.train.run import Run, RunError
 from avfast.train.setup import whole_model
 from avfast.train.trainer import Trainer
 
-CANDIDATES = 3  # clips from which each picture's row is chosen
+CANDIDATES = 3  # clips from which each row of a figure is chosen
 
 
 def finish(run: Run, found: dict[str, Any]) -> dict[str, Any]:
-    """Evaluation, pictures and summary.json, which holds ``found`` too."""
+    """Evaluation, figures and summary.json, which holds ``found`` too."""
     config, trainer, log, out = run.config, run.trainer, run.log, run.out
     model = whole_model(trainer)
     summary: dict[str, Any] = nothing()
@@ -50,7 +50,7 @@ def finish(run: Run, found: dict[str, Any]) -> dict[str, Any]:
         "device": str(trainer.device),
     }
     title = f"{config.name}: {config.model} after {run.total} steps"
-    if config.pictures:
+    if config.figures:
         paint(trainer, model, run.held_out, out, f"{title}, held-out clips")
     if parallel.rank() == 0:
         contrasted = min(config.batch_size * world_size(), len(run.train))
@@ -58,13 +58,13 @@ def finish(run: Run, found: dict[str, Any]) -> dict[str, Any]:
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if summary["diverged"]:
         raise RunError(f"{summary['diverged']}: the model has diverged and has no scores; the rest is in {out}")
-    log.say(f"summary, pictures and checkpoints are in {out}")
+    log.say(f"summary, figures and checkpoints are in {out}")
     return summary
 
 
 def paint(trainer: Trainer, model: Model, clips: ClipList, out: Path, title: str) -> None:
     """reconstruction.png and attention.png of what the model shows; all processes take the same clips, rank 0 draws."""
-    wanted = trainer.config.pictures
+    wanted = trainer.config.figures
     clips = data.first(clips, CANDIDATES * wanted)
     if not clips.clips:
         return

@@ -95,12 +95,12 @@ PAPER = "AVSiam (arXiv:2403.19638)"
 TABLES = {
     "main": "main table: accuracy against the cost of pre-training",
     "ablation": "masking and objective",
-    "encoders": "shared against separate encoders, ViT against AST weights (a: sound, v: pictures)",
+    "encoders": "shared against separate encoders, ViT against AST weights (a: audio, v: visual)",
     "retrieval": "zero-shot retrieval",
-    "missing-modality": "one modality at test time (a: sound, v: pictures)",
+    "missing-modality": "one modality at test time (a: audio, v: visual)",
     "throughput": "clips per second in training",
     "supplement-1": "supplement, Table 1: from scratch",
-    "supplement-2": "supplement, Table 2: fine-tuned on one modality (a: sound, v: pictures)",
+    "supplement-2": "supplement, Table 2: fine-tuned on one modality (a: audio, v: visual)",
     "supplement-3": "supplement, Table 3: multi-ratio masking in CAV-MAE",
     "supplement-4-6": "supplement, Tables 4-6: hyper-parameters of pre-training, which are the recipes",
 }
@@ -180,7 +180,7 @@ ROWS = (
     *(
         Row(
             "throughput", label, recipe, {"clips/s": speed},
-            {"paper_batch": None, "steps": 200, "evaluate": False, "pictures": 0},
+            {"paper_batch": None, "steps": 200, "evaluate": False, "figures": 0},
             note="clips_per_second in summary.json; the paper's is taken to be of one V100; its batch is unknown",
         )
         for label, recipe, speed in (("AVSiam-Base", BASE, 75.4), ("CAV-MAE", CAV_MAE, 22.5))

@@ -45,7 +45,7 @@ def deepavfusion_demo() -> Config:
         warmup_steps=40,
         log_every=31,
         checkpoint_every=310,
-        neighbours_every=10.0,
+        knn_every=10.0,
     )
 
 
@@ -68,7 +68,7 @@ def _deepavfusion(name: str, epochs: float, accumulate: int, paper_batch: int) -
         decay_1d=False,
         schedule="cosine",
         warmup_epochs=40.0,
-        neighbours_every=10.0,
+        knn_every=10.0,
     )
 
 
@@ -112,7 +112,7 @@ RECIPES = (
 PAPER = "DeepAVFusion (arXiv:2312.01017)"
 TABLES = {
     "fusion-4": "Table 4: unimodal pre-training, early fusion, interactions",
-    "fusion-5": "Table 5: dense against factorised interactions",
+    "fusion-5": "Table 5: dense against factorized interactions",
     "fusion-6a": "Table 6a: fusion layers",
     "fusion-6b": "Table 6b: fusion tokens",
     "fusion-6c": "Table 6c: aggregation tokens of each modality",
@@ -164,7 +164,7 @@ ROWS = (
         "fusion-5", "dense", 52.82, 6.30, 52.13, fusion_arch="dense", speed=_speed(4.3, 31.6),
         note=f"here without forming a pair, exactly; {SPEED}",
     ),
-    _fusion("fusion-5", "factorised", 53.08, 6.53, 52.05, speed=_speed(12.8, 13.1), note=SPEED),
+    _fusion("fusion-5", "factorized", 53.08, 6.53, 52.05, speed=_speed(12.8, 13.1), note=SPEED),
 
     _fusion("fusion-6a", "12", 53.08, 6.53, 52.05, fusion_layers=12),
     _fusion("fusion-6a", "9", 52.76, 6.15, 49.93, fusion_layers=9),

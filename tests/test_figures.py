@@ -1,4 +1,4 @@
-"""What the pictures of a run say beside the pixels."""
+"""What the figures of a run say beside the pixels."""
 
 import json
 import math
@@ -12,8 +12,9 @@ import torch
 from avfast import create_model
 from avfast.data.clip_list import Clip, ClipList
 from avfast.models.contract import AttentionMaps, Figures, Reconstruction
-from avfast.train import pictures, summary
-from avfast.train.pictures import Labels, draw_attention, draw_losses, draw_reconstructions
+from avfast.train import figures as drawing
+from avfast.train import summary
+from avfast.train.figures import Labels, draw_attention, draw_losses, draw_reconstructions
 from avfast.train.recipes import demo
 
 pytest.importorskip("matplotlib")
@@ -25,8 +26,8 @@ MODEL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures in place of their files."""
-    figures, save = [], pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda figure, *rest: (figures.append(figure), save(figure, *rest)))
+    figures, save = [], drawing._save
+    monkeypatch.setattr(drawing, "_save", lambda figure, *rest: (figures.append(figure), save(figure, *rest)))
     return figures
 
 
@@ -58,7 +59,7 @@ def test_reconstructions(tmp_path, drawn):
 def test_hertz_stand_where_the_filters_are():
     """Bin i of M is centred (i + 1) / (M + 1) of the way between the ends of the mel scale."""
     frontend = create_model("avsiam_tiny").frontend
-    figure = pictures._figure(3, 3)
+    figure = drawing._figure(3, 3)
     axis = figure.subplots()
     Labels("", [], frontend).spectrogram(axis, torch.rand(192, 64))
     low, high = (1127 * math.log(1 + hertz / 700) for hertz in (20.0, 8000.0))
@@ -94,13 +95,13 @@ def test_clips_of_which_nothing_is_masked_are_not_chosen(tmp_path, monkeypatch):
     a, v = torch.tensor([0.0, 0.5, 0.5, 0.5, 0.0, 0.3]), torch.tensor([0.5, 0.5, 0.0, 0.2, 0.0, 0.1])
     found = Figures(Reconstruction({"input": torch.arange(6.0)}, {}, {"audio": a, "visual": v}))
     batch = SimpleNamespace(index=torch.arange(6), has_audio=torch.ones(6) > 0, has_visual=torch.ones(6) > 0)
-    trainer = SimpleNamespace(config=replace(demo(), pictures=2), inputs=lambda *_, **__: ({"audio": None}, None))
+    trainer = SimpleNamespace(config=replace(demo(), figures=2), inputs=lambda *_, **__: ({"audio": None}, None))
     model, shown = MagicMock(), {}
     model.figures.return_value, model.passes = found, ("joint",)
     monkeypatch.setattr(summary, "eval_loader", lambda *_: [batch])
     monkeypatch.setattr(summary, "draw_reconstructions", lambda rows, labels, path: shown.update(rows=rows, at=labels))
     summary.paint(trainer, model, CLIPS, tmp_path, "title")
     assert shown["rows"].audio["input"].tolist() == [1, 3] and [name[5] for name in shown["at"].names] == ["1", "3"]
-    trainer.config = replace(trainer.config, pictures=4)  # too few of them: others follow
+    trainer.config = replace(trainer.config, figures=4)  # too few of them: others follow
     summary.paint(trainer, model, CLIPS, tmp_path, "title")
     assert shown["rows"].audio["input"].tolist() == [0, 1, 3, 5]

@@ -1,4 +1,4 @@
-"""PNG pictures of a run: what went in, what the model saw, what it made of it, where it looks; losses."""
+"""PNG figures of a run: what went in, what the model saw, what it made of it, where it looks; losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERTZ = (250, 1000, 4000, 16000)
 
 @dataclass(frozen=True)
 class Labels:
-    """What a picture says beside the pixels.
+    """What a figure says beside the pixels.
 
     Args:
         title: of the figure.
