@@ -127,10 +127,10 @@ def test_a_drawn_share_of_the_sequences_is_kept_with_its_rows_and_norm_sets():
     generator = torch.Generator().manual_seed(0)
     for _ in range(2000):
         drawn = KeptSequences.draw(lengths, 0.25, generator, sizes)
-        chosen = [i for i, rows in enumerate(plan_rows) if set(rows.tolist()) <= set(drawn.rows.tolist())]
+        chosen = [i for i, rows in enumerate(plan_rows) if set(rows.tolist()) <= set(drawn.token_rows.tolist())]
         assert len(chosen) == 6 and drawn.scale == 8 / 6
-        assert torch.equal(drawn.rows, torch.cat([plan_rows[i] for i in chosen]))
-        assert drawn.sizes == (int((drawn.rows < 9).sum()), int((drawn.rows >= 9).sum()))
+        assert torch.equal(drawn.token_rows, torch.cat([plan_rows[i] for i in chosen]))
+        assert drawn.sizes == (int((drawn.token_rows < 9).sum()), int((drawn.token_rows >= 9).sum()))
         assert drawn.plan.cu_seqlens_q.diff().tolist() == [lengths[i] for i in chosen]
         counts[chosen] += 1
     assert_close("share of each", counts / 2000, torch.full((8,), 0.75), 0.06)
@@ -138,9 +138,9 @@ def test_a_drawn_share_of_the_sequences_is_kept_with_its_rows_and_norm_sets():
 
 def test_draws_follow_their_generator_and_keep_at_least_one_sequence():
     pairs = [DropPath.draw(LENGTHS, 0.5, torch.Generator().manual_seed(s)) for s in (1, 1)]
-    assert torch.equal(pairs[0].mlp.rows, pairs[1].mlp.rows)
-    assert len(KeptSequences.draw((3,), 0.9).rows) == 3
-    assert len(KeptSequences.draw((), 0.5).rows) == 0
+    assert torch.equal(pairs[0].mlp.token_rows, pairs[1].mlp.token_rows)
+    assert len(KeptSequences.draw((3,), 0.9).token_rows) == 3
+    assert len(KeptSequences.draw((), 0.5).token_rows) == 0
     with pytest.raises(ValueError, match=r"lies in \[0, 1\), got 1"):
         KeptSequences.draw(LENGTHS, 1)
 

@@ -210,7 +210,7 @@ class CrossBlocks(SelfBlocks):
     """A stack of another kind: masked tokens read the kept ones, which stay as they are, and not each other."""
 
     def forward(self, x, plan, places, read, norm, recompute):
-        masked, seen = take_rows(x, read.rows), take_rows(x, places)
+        masked, seen = take_rows(x, read.token_rows), take_rows(x, places)
         for block in self:
             masked = masked + block.attn.attend(block.norm1(masked), seen, read.plan)
             masked = masked + block.mlp(block.norm2(masked))

@@ -31,10 +31,10 @@ class PairDraws(KeptDraws):
 
     Args:
         lengths: tokens of each joined sequence [audio_i; visual_i], longest audio first.
-        rows: batch row of each joined sequence, on the host.
-        order: ``(T,)`` row of [all audio; all visual] tokens for each row of the joined sequences.
-        back: ``(T,)`` the inverse.
-        places: ``(T,)`` entry of the flattened (B, Na + Nv) patches, instances in the order of the joined sequences,
+        batch_rows: batch row of each joined sequence, on the host.
+        permutation: ``(T,)`` row of [all audio; all visual] tokens for each row of the joined sequences.
+        inverse: ``(T,)`` the way back.
+        scatter_index: ``(T,)`` entry of the flattened (B, Na + Nv) patches, instances in the order of the joined sequences,
             for each row of these.
         pairs: batch rows that have both modalities; None for all.
         plans: once on a device, of the lengths audio + visual (``"both"``), ``"audio"``, ``"visual"``, joined
@@ -43,10 +43,10 @@ class PairDraws(KeptDraws):
     """
 
     lengths: tuple[int, ...]
-    rows: tuple[int, ...] = field(compare=False)
-    order: Tensor
-    back: Tensor
-    places: Tensor
+    batch_rows: tuple[int, ...] = field(compare=False)
+    permutation: Tensor
+    inverse: Tensor
+    scatter_index: Tensor
     pairs: Tensor | None
 
     @classmethod
@@ -67,20 +67,24 @@ class PairDraws(KeptDraws):
         joined = np.stack([n[rows] for n in lengths], 1).ravel()
         starts = np.stack([audio.starts()[rows], visual.starts()[rows] + sum(audio.lengths)], 1).ravel()
         sources = spans(starts, joined)
-        inverse = np.empty_like(sources)
-        inverse[sources] = np.arange(len(sources))
+        back = np.empty_like(sources)
+        back[sources] = np.arange(len(sources))
         device = audio.ids.device
-        order, back, rank, instances = (
-            torch.tensor(x, device=device) for x in (sources, inverse, rows.argsort(), rows)
+        permutation, inverse, rank, instances = (
+            torch.tensor(x, device=device) for x in (sources, back, rows.argsort(), rows)
         )
         total = sum(counts)
-        places = [rank[audio.batch_rows] * total + audio.ids, rank[visual.batch_rows] * total + counts[0] + visual.ids]
+        scattered = [
+            rank[audio.batch_rows] * total + audio.ids,
+            rank[visual.batch_rows] * total + counts[0] + visual.ids,
+        ]
         pairs = ((lengths[0] > 0) & (lengths[1] > 0)).nonzero()[0]
         return cls(
             only, audio, visual, counts, instances,
             patched.present_index(has_audio, device), patched.present_index(has_visual, device),
             len({*audio.lengths}) == len({*visual.lengths}) == 1,
-            tuple(joined.reshape(-1, 2).sum(1).tolist()), tuple(rows.tolist()), order, back, torch.cat(places)[order],
+            tuple(joined.reshape(-1, 2).sum(1).tolist()), tuple(rows.tolist()), permutation, inverse,
+            torch.cat(scattered)[permutation],
             torch.tensor(pairs, device=device) if len(pairs) < len(audio) else None,
         )  # fmt: skip
 
@@ -108,7 +112,7 @@ class PairDraws(KeptDraws):
             flattened (B, N) ones in batch order.
         """
         (count_a, count_v), batch = self.counts, self.instances.shape[0]
-        rows = other_rows(self.places, batch * (count_a + count_v))
+        rows = other_rows(self.scatter_index, batch * (count_a + count_v))
         patch, instance = rows % (count_a + count_v), self.instances[rows // (count_a + count_v)]
         sorted_rows = (patch >= count_a).to(torch.int8).argsort(stable=True)
         masked_a = batch * count_a - self.audio_keep.ids.shape[0]
@@ -118,7 +122,7 @@ class PairDraws(KeptDraws):
 
     def join(self, audio: Tensor, visual: Tensor) -> Tensor:
         """``(T, D)`` rows of the joined sequences, from the packed tokens of each modality."""
-        return permute_rows(torch.cat([audio, visual]), self.order, self.back)
+        return permute_rows(torch.cat([audio, visual]), self.permutation, self.inverse)
 
 
 class MaskedPair(nn.Module):
@@ -290,12 +294,12 @@ class MaskedPair(nn.Module):
             raise RuntimeError("this model was built without a decoder and cannot reconstruct")
         fused = self.fuse(draws.join(a, v), draws.plans["joined"])
         if not (self.training and "read" in draws.plans):
-            audio, visual = self.decoder(fused, draws.places, draws.plans["dense"])
+            audio, visual = self.decoder(fused, draws.scatter_index, draws.plans["dense"])
             return {"audio": draws.batch_order(audio), "visual": draws.batch_order(visual)}, {}
         # the loss alone reads the predictions, and of the masked patches alone
         rows, of_modality, entries = draws.masked()
         read = Read(rows, draws.plans["read"])
-        audio, visual = self.decoder(fused, draws.places, draws.plans["dense"], read, of_modality)
+        audio, visual = self.decoder(fused, draws.scatter_index, draws.plans["dense"], read, of_modality)
         return {"audio": audio, "visual": visual}, entries
 
     @property
@@ -330,7 +334,7 @@ class MaskedPair(nn.Module):
         fused = None
         if audio is not None and visual is not None:
             tokens = self.fuse(draws.join(a, v), draws.plans["joined"])
-            fused = patched.dense_or_packed(tokens, draws.lengths, draws.rows, draws.equal, batch)
+            fused = patched.dense_or_packed(tokens, draws.lengths, draws.batch_rows, draws.equal, batch)
         return patched.features(*self.contrasted(a, v, draws), fused, draws, audio is not None, visual is not None)
 
     def figures(self, inputs: dict[str, Tensor], draws: PairDraws, output: Output) -> Figures:

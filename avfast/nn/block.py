@@ -23,11 +23,11 @@ class Read(NamedTuple):
     """The tokens whose output is read of the last block; of the others it computes keys and values alone.
 
     Args:
-        rows: ``(M,)`` int64 rows of the stream, sequence by sequence.
+        token_rows: ``(M,)`` int64 rows of the stream, sequence by sequence.
         plan: of their queries, and of the keys of all rows.
     """
 
-    rows: Tensor
+    token_rows: Tensor
     plan: AttentionPlan
 
 
@@ -135,8 +135,8 @@ class PackedBlock(nn.Module):
             if read is None:
                 attended = self.attn(normed, plan)
             else:
-                attended = self.attn.attend(take_rows(normed, read.rows), normed, read.plan)
-                stream = take_rows(stream, read.rows)
+                attended = self.attn.attend(take_rows(normed, read.token_rows), normed, read.plan)
+                stream = take_rows(stream, read.token_rows)
             normed, stream = add_norm(self.norm2, stream, attended, sizes)
             update = self.mlp(normed)
         else:
@@ -146,10 +146,10 @@ class PackedBlock(nn.Module):
     def on_kept_sequences(self, x: Tensor, drop: DropPath) -> Tensor:
         """The block with each branch computed for its kept sequences and scaled up."""
         kept = drop.attention
-        normed = apply_norm(self.norm1, x[kept.rows], kept.sizes)
+        normed = apply_norm(self.norm1, x[kept.token_rows], kept.sizes)
         x = kept.add_to(x, self.attn(normed, kept.plan))
         kept = drop.mlp
-        normed = apply_norm(self.norm2, x[kept.rows], kept.sizes)
+        normed = apply_norm(self.norm2, x[kept.token_rows], kept.sizes)
         return kept.add_to(x, self.mlp(normed))
 
 

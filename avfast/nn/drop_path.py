@@ -21,13 +21,13 @@ class KeptSequences:
     """The sequences that one branch is computed for.
 
     Args:
-        rows: ``(T',)`` int64 rows of their tokens, ascending.
+        token_rows: ``(T',)`` int64 rows of their tokens, ascending.
         plan: their lengths.
         sizes: their rows in each norm set.
         scale: of their update.
     """
 
-    rows: Tensor
+    token_rows: Tensor
     plan: AttentionPlan
     sizes: tuple[int, ...]
     scale: float
@@ -65,7 +65,7 @@ class KeptSequences:
 
     def add_to(self, x: Tensor, update: Tensor) -> Tensor:
         """``(T, D)`` stream plus the scaled update ``(T', D)`` of the kept rows."""
-        return x.index_add(0, self.rows, update.to(x.dtype), alpha=self.scale)
+        return x.index_add(0, self.token_rows, update.to(x.dtype), alpha=self.scale)
 
 
 @dataclass(frozen=True)
