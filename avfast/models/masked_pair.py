@@ -34,8 +34,8 @@ class PairDraws(KeptDraws):
         batch_rows: batch row of each joined sequence, on the host.
         permutation: ``(T,)`` row of [all audio; all visual] tokens for each row of the joined sequences.
         inverse: ``(T,)`` the way back.
-        scatter_index: ``(T,)`` entry of the flattened (B, Na + Nv) patches, instances in the order of the joined sequences,
-            for each row of these.
+        scatter_index: ``(T,)`` entry of the flattened (B, Na + Nv) patches, instances in the order of the joined
+            sequences, for each row of these.
         pairs: batch rows that have both modalities; None for all.
         plans: once on a device, of the lengths audio + visual (``"both"``), ``"audio"``, ``"visual"``, joined
             (``"joined"``), of all patches joined (``"dense"``), and of the masked ones as queries of all (``"read"``),
@@ -84,7 +84,7 @@ class PairDraws(KeptDraws):
             patched.present_index(has_audio, device), patched.present_index(has_visual, device),
             len({*audio.lengths}) == len({*visual.lengths}) == 1,
             tuple(joined.reshape(-1, 2).sum(1).tolist()), tuple(rows.tolist()), permutation, inverse,
-            torch.cat(scattered)[permutation],
+            torch.cat([a, v])[permutation],
             torch.tensor(pairs, device=device) if len(pairs) < len(audio) else None,
         )  # fmt: skip
 
