@@ -74,10 +74,7 @@ class PairDraws(KeptDraws):
             torch.tensor(x, device=device) for x in (sources, back, rows.argsort(), rows)
         )
         total = sum(counts)
-        scattered = [
-            rank[audio.batch_rows] * total + audio.ids,
-            rank[visual.batch_rows] * total + counts[0] + visual.ids,
-        ]
+        a, v = rank[audio.batch_rows] * total + audio.ids, rank[visual.batch_rows] * total + counts[0] + visual.ids
         pairs = ((lengths[0] > 0) & (lengths[1] > 0)).nonzero()[0]
         return cls(
             only, audio, visual, counts, instances,
