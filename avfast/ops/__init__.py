@@ -1,6 +1,7 @@
 """One file per op: its maths, its shapes and its eager reference."""
 
 from avfast.ops.add_layer_norm import add_layer_norm
+from avfast.ops.diffuse_patches import NoiseSchedule, diffuse_patches
 from avfast.ops.flash_attn_varlen import flash_attn_varlen_func
 from avfast.ops.info_nce import info_nce
 from avfast.ops.masked_patch_mse import masked_patch_mse
@@ -10,7 +11,9 @@ from avfast.ops.patch_embed_kept import patch_embed_kept
 
 __all__ = [
     "AttentionPlan",
+    "NoiseSchedule",
     "add_layer_norm",
+    "diffuse_patches",
     "flash_attn_varlen_func",
     "info_nce",
     "masked_patch_mse",
