@@ -17,12 +17,13 @@ def version() -> str:
     return match.group(1)
 
 
-# An editable install is a plain path to this folder, where avfast/kernels.py finds the kernels. A package_dir would
-# make it an import hook, which loses to any folder called avfast, such as the clone seen from its parent.
+# An editable install is a plain path to this folder, where avfast/kernels.py finds the kernels and avfast/build.py the
+# sources of compiled code. A package_dir would make it an import hook, which loses to any folder called avfast, such as
+# the clone seen from its parent.
 packages, package_dir = find_packages(include=["avfast", "avfast.*"]), {"": "."}
 if "editable_wheel" not in sys.argv:
-    packages.append("avfast.kernels")
-    package_dir["avfast.kernels"] = "kernels"
+    packages += ["avfast.kernels", "avfast.csrc"]
+    package_dir |= {"avfast.kernels": "kernels", "avfast.csrc": "csrc"}
 
 setup(
     name="avfast",
@@ -34,7 +35,7 @@ setup(
     license_files=["LICENSE"],
     packages=packages,
     package_dir=package_dir,
-    package_data={"avfast": ["py.typed"]},
+    package_data={"avfast": ["py.typed"], "avfast.csrc": ["*.h", "*.cpp", "*.cu"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

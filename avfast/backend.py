@@ -2,15 +2,18 @@
 
 ``AVFAST_BACKEND`` or :func:`set_backend` name it: ``auto`` (the default: Triton on CUDA devices, the reference
 elsewhere), ``reference`` (the eager body, any device) or ``triton`` (an error where Triton cannot run; with
-``TRITON_INTERPRET=1`` it runs on the CPU too). ``varlen``, ``flash_attn``, ``flash_attn_4``, ``xformers`` and ``cudnn``
-are other libraries' packed attention (:mod:`avfast.ops._attention_libraries`): an error where they cannot run; every
-other op runs as under ``auto``.
+``TRITON_INTERPRET=1`` it runs on the CPU too). ``native`` is the compiled code of csrc/ (:mod:`avfast.build`), which
+``auto`` takes on CPUs and on CUDA devices without Triton: an error where it cannot run. ``varlen``, ``flash_attn``,
+``flash_attn_4``, ``xformers`` and ``cudnn`` are other libraries' packed attention
+(:mod:`avfast.ops._attention_libraries`): an error where they cannot run. Under ``native`` and these, ops that have no
+such implementation run as under ``auto``.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from avfast.kernels import support
 
 ATTENTION_LIBRARIES = ("varlen", "flash_attn", "flash_attn_4", "xformers", "cudnn")
-BACKENDS = ("auto", "reference", "triton", *ATTENTION_LIBRARIES)
+BACKENDS = ("auto", "reference", "triton", "native", *ATTENTION_LIBRARIES)
 try:
     _HAS_TRITON = find_spec("triton") is not None  # here, as a search for a package cannot be traced
 except ImportError:  # by an import hook
@@ -90,6 +93,34 @@ def use_kernels(op: str, *tensors: Tensor) -> bool:
     if refusal is not None and all(x.dtype in support.DTYPES for x in tensors):
         _warn_once(refusal)
     return refusal is None
+
+
+def use_native(op: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether ``torch.ops.avfast_native.<op>_<cpu or cuda>`` runs, which is then loaded; asked before the kernels.
+
+    Args:
+        op: name of an op that csrc/ has.
+        x: decides the device.
+        dtypes: of what the op reads and writes, float32 first on a CPU.
+
+    Raises:
+        RuntimeError: ``native`` was asked for and cannot run.
+    """
+    kind, taken = x.device.type, support.native(x.device.type, dtypes)
+    if _backend == "native":
+        if not taken:
+            raise RuntimeError(
+                f"AVFAST_BACKEND=native: {op} in csrc/ does not take {dtypes[0]} to {dtypes[1]} on {kind}"
+            )
+    elif not taken or _backend in ("reference", "triton") or (kind == "cuda" and _HAS_TRITON):
+        return False
+    from avfast import build
+
+    if build.load(kind):
+        return True
+    if _backend == "native":
+        raise RuntimeError("AVFAST_BACKEND=native: csrc/ could not be compiled, see the warning")
+    return False
 
 
 @cache

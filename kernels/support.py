@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 80, 128)
 """Head dimensions of models in use: what the ahead-of-time checks compile. Any from 1 to ``MOST_COLUMNS`` runs."""
 MOST_COLUMNS = 128
+NATIVE = {"cpu": ((torch.float32,), (torch.float32, torch.bfloat16)), "cuda": (DTYPES, DTYPES)}
+"""What the compiled code of csrc/ reads and writes."""
 ATTENTION = ("packed_attention", "pair_attention")
+
+
+def native(kind: str, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether csrc/ reads the first dtype and writes the second on a kind of device."""
+    return kind in NATIVE and all(dtype in taken for dtype, taken in zip(dtypes, NATIVE[kind], strict=True))
 
 
 def refusal(op: str, *tensors: Tensor) -> str | None:

@@ -171,6 +171,8 @@ def _diffuse(
     if x.device.type == "cpu":
         _check_range("ids", ids, 0, math.prod(_grid(x, patch)) - 1)
         _check_range("t", t, 0, tables.shape[1] - 1)
+    if backend.use_native("diffuse_patches", x, (x.dtype, dtype)):
+        return _compiled(x, ids, t, tables, seed, sample_ids, stream, patch, dtype)
     if backend.use_kernels("diffuse_patches", x):
         from avfast.kernels import diffuse_patches as kernels
 
@@ -204,6 +206,25 @@ def _check_range(name: str, x: Tensor, least: int, most: int) -> None:
         low, high = x.aminmax()
         if low < least or high > most:
             raise ValueError(f"{name} must be from {least} to {most}, got {int(low)} to {int(high)}")
+
+
+def _compiled(
+    x: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    tables: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    stream: int,
+    patch: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """By csrc/, which wants a sample's columns side by side and all else contiguous."""
+    out = x.new_empty((*ids.shape, x.shape[1] * math.prod(patch)), dtype=dtype)
+    x = x if x.stride(4) == 1 else x.contiguous()
+    run = getattr(torch.ops.avfast_native, f"diffuse_patches_{x.device.type}")
+    run(x, ids.contiguous(), t.contiguous(), tables, seed, sample_ids.contiguous(), stream, patch, out)
+    return out
 
 
 def _composed(

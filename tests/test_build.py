@@ -1,0 +1,176 @@
+"""csrc/: what a compiled library is named by, who builds it, and what happens where nothing can be compiled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from avfast import backend, build
+from avfast.ops import NoiseSchedule, diffuse_patches
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which(os.environ.get("CXX") or "g++")
+NVCC = shutil.which(os.environ.get("NVCC") or "nvcc")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache, and no memory of what was loaded or failed."""
+    monkeypatch.setenv("AVFAST_CACHE", str(tmp_path))
+    build.load.cache_clear()
+    yield tmp_path / "native"
+    build.load.cache_clear()
+
+
+def noised():
+    x = torch.linspace(-1, 1, 64).view(1, 8, 8)
+    return diffuse_patches(x, torch.tensor([[3, 0]]), torch.tensor([100]), NoiseSchedule(), 1, patch=(4, 4))
+
+
+def fake_compiler(folder: Path, script: str) -> Path:
+    """A program that answers --version and otherwise runs ``script``."""
+    path = folder / "compiler"
+    path.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo fake 1; exit 0; fi\n{script}\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "an error", "no folder"])
+def test_without_a_library_there_is_one_warning_and_the_eager_body(fresh, monkeypatch, tmp_path, fault):
+    if fault == "no compiler":
+        monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+        message = "compiled for cpu: there is no a-compiler-that-is-not-there .*name another compiler by CXX"
+    elif fault == "an error":
+        monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, "echo 'x.h:1: fatal error: no headers' >&2; exit 1")))
+        message = "compiled for cpu: x.h:1: fatal error: no headers"
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("AVFAST_CACHE", str(tmp_path / "file"))
+        message = "compiled for cpu: .*file"
+    if fault == "no folder" and COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    with pytest.warns(UserWarning, match=f"{message}.*: operators run without compiled code"):
+        got = noised()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noised()
+    assert not list(fresh.glob("*.so")) and not list(fresh.glob("*.tmp"))
+    before = backend.get_backend()
+    backend.set_backend("reference")
+    try:
+        assert torch.equal(got, noised())
+        backend.set_backend("native")
+        with pytest.raises(RuntimeError, match="AVFAST_BACKEND=native: csrc/ could not be compiled"):
+            noised()
+    finally:
+        backend.set_backend(before)
+
+
+def test_native_says_what_it_does_not_take(monkeypatch):
+    monkeypatch.setattr(backend, "_backend", "native")
+    with pytest.raises(RuntimeError, match="does not take torch.float64 to torch.float32 on cpu"):
+        backend.use_native("diffuse_patches", torch.zeros(1).double(), (torch.float64, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "device, triton, name, runs",
+    [
+        ("cpu", True, "auto", True),
+        ("cpu", True, "cudnn", True),
+        ("cpu", True, "reference", False),
+        ("cpu", True, "triton", False),
+        ("cuda", True, "auto", False),
+        ("cuda", True, "native", True),
+        ("cuda", False, "auto", True),
+        ("meta", False, "auto", False),
+    ],
+)
+def test_when_compiled_code_runs(monkeypatch, device, triton, name, runs):
+    asked = []
+    monkeypatch.setattr(build, "load", lambda kind: asked.append(kind) or True)
+    monkeypatch.setattr(backend, "_HAS_TRITON", triton)
+    monkeypatch.setattr(backend, "_backend", name)
+
+    class Input:
+        def __init__(self):
+            self.device = torch.device(device)
+
+    assert backend.use_native("diffuse_patches", Input(), (torch.float32, torch.bfloat16)) == runs
+    assert asked == ([device] if runs else [])
+
+
+def test_a_library_is_named_by_what_it_depends_on(monkeypatch, tmp_path):
+    compiler = str(fake_compiler(tmp_path, ""))
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "a.cpp").write_text("int a;")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "_processor", lambda: "avx2")
+    names = [build._key("cpu", [compiler, "-O3"])]
+    assert build._key("cpu", [compiler, "-O3"]) == names[0]
+    names.append(build._key("cpu", [compiler, "-O2"]))
+    names.append(build._key("cuda", [compiler, "-O3"]))
+    monkeypatch.setattr(build, "_processor", lambda: "avx2 avx512f")
+    assert build._key("cuda", [compiler, "-O3"]) == names[-1]
+    names.append(build._key("cpu", [compiler, "-O3"]))
+    (sources / "a.cpp").write_text("int b;")
+    names.append(build._key("cpu", [compiler, "-O3"]))
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    names.append(build._key("cpu", [compiler, "-O3"]))
+    Path(compiler).write_text(Path(compiler).read_text().replace("fake 1", "fake 2"))
+    names.append(build._key("cpu", [compiler, "-O3"]))
+    assert len(set(names)) == len(names)
+    monkeypatch.undo()
+    assert "avx" in build._processor() or build._processor()
+
+
+def test_processes_that_build_at_once_compile_once_and_see_whole_files(tmp_path):
+    """A compiler that takes half a second and writes to its output twice."""
+    script = 'for last; do :; done; echo x >> "$COUNT"; printf half > "$last"; sleep 0.5; printf whole > "$last"'
+    environment = {**os.environ, "CXX": str(fake_compiler(tmp_path, script)), "AVFAST_CACHE": str(tmp_path),
+                   "COUNT": str(tmp_path / "count")}  # fmt: skip
+    code = "from avfast import build; print(build.build('cpu').read_text())"
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [run.communicate()[0].strip() for run in runs] == ["whole"] * 2
+    assert (tmp_path / "count").read_text().count("x") == 1
+    assert not list((tmp_path / "native").glob("*.tmp"))
+
+
+@needs_compiler
+def test_the_command_builds_ahead_and_says_where(fresh, monkeypatch, capsys):
+    assert build.main([]) == 0
+    out, err = capsys.readouterr()
+    path = Path(out.strip())
+    assert path.parent == fresh and path.name.startswith("cpu-") and "compiling" in err
+    monkeypatch.setenv("NVCC", "no-nvcc-here")
+    assert build.main(["--cuda", "90"]) == 1
+    out, err = capsys.readouterr()
+    assert out.strip() == str(path) and "compiling" not in err and "there is no no-nvcc-here" in err
+    with pytest.raises(SystemExit):
+        build.main(["--cuda", "hopper"])
+    assert "--cuda takes numbers such as 80,90, got 'hopper'" in capsys.readouterr().err
+
+
+def test_the_sources_are_part_of_the_package(tmp_path):
+    """Of a source tree and of what pip makes of it."""
+    assert build.SOURCES == ROOT / "csrc"
+    copied = shutil.copytree(
+        ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".git", "runs", "*.egg-info", "tests")
+    )
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "lib")]
+    run = subprocess.run(command, cwd=copied, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    names = {path.name for path in (ROOT / "csrc").iterdir()}
+    assert names == {path.name for path in (tmp_path / "lib" / "avfast" / "csrc").iterdir()}
+    code = "from avfast import build; print(build.SOURCES)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "lib", capture_output=True, text=True)
+    assert run.stdout.strip() == str(tmp_path / "lib" / "avfast" / "csrc")
