@@ -18,8 +18,11 @@ class Usage(NamedTuple):
     accesses: set[int]
 
 
-def compile_for_hopper(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int) -> Usage:
-    """Compile for sm_90, with pointers and strides that are multiples of 16 as those of contiguous tensors are.
+def compile_for_hopper(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int, arch: int = 90
+) -> Usage:
+    """Compile for sm_90 or another architecture, with pointers and strides that are multiples of 16 as those of
+    contiguous tensors are.
 
     Args:
         kernel: a ``@triton.jit`` function.
@@ -38,7 +41,7 @@ def compile_for_hopper(kernel: Any, types: dict[str, str], constants: dict[str, 
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned = [i for i, name in enumerate(names) if name not in constants and name.endswith(("_ptr", "_stride"))]
     source = ASTSource(kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    target = GPUTarget("cuda", 90, 32)
+    target = GPUTarget("cuda", arch, 32)
     binary = triton.compile(source, target=target, options={"num_warps": num_warps})
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with TemporaryDirectory() as folder:

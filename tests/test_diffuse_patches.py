@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close
+from compiled import compile_for_hopper
+from helpers import assert_close, interpreter
 
 from avfast import backend, build
 from avfast.ops import NoiseSchedule, diffuse_patches
@@ -26,9 +30,13 @@ SHAPES = {
 
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "native"])
-def implementation(request):
+def implementation(request, monkeypatch):
     """Every test that takes it runs on each implementation."""
     before = backend.get_backend()
+    if INTERPRETED:
+        from avfast.kernels import diffuse_patches as kernels
+
+        monkeypatch.setattr(kernels, "BLOCK", 2048)  # the interpreter is as quick with many lanes as with few
     if request.param == "native" and not build.load("cpu"):
         pytest.skip("needs a C++ compiler")
     backend.set_backend(request.param)
@@ -161,7 +169,7 @@ def test_large_counters_wrap(implementation):
 
 def test_an_element_has_one_name(implementation):
     """Another mask, order or split of the batch leaves the bits of what is common; each part of the name matters."""
-    x, _, _, patch = random_case("video")
+    x, _, _, patch = random_case("odd" if INTERPRETED else "video")  # both have 12 patches
     t, ids = torch.tensor([200, 700]), torch.arange(12).expand(2, -1)
     names = torch.tensor([11, 4])
 
@@ -178,6 +186,78 @@ def test_an_element_has_one_name(implementation):
                   call(names=names + 2**32, stream=3), call(names=names + 1, stream=3)):  # fmt: skip
         assert (other != every).float().mean() > 0.99
     assert torch.equal(call(stream=3), every)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernel, in the interpreter")
+def test_the_kernel_alone(monkeypatch):
+    """The bits do not depend on the size of a program; what is out of range comes back as NaN, beside what is not."""
+    from avfast.kernels import diffuse_patches as kernels
+
+    x, ids, t, patch = random_case("odd")
+    tables, seed = SCHEDULE.tables(), torch.tensor([3])
+
+    def call(ids, t):
+        return kernels.diffuse(x, ids, t, tables, seed, torch.arange(2), 1, list(patch), torch.float32)
+
+    want = call(ids, t)
+    for size in (16, 1024):
+        monkeypatch.setattr(kernels, "BLOCK", size)
+        assert torch.equal(call(ids, t), want)
+    wrong = ids.clone()
+    wrong[0, 1], wrong[1, 3] = -1, 12
+    got, fine = call(wrong, t), torch.ones(2, 5, dtype=torch.bool)
+    fine[0, 1] = fine[1, 3] = False
+    assert got[~fine].isnan().all() and torch.equal(got[fine], want[fine])
+    got = call(ids, torch.tensor([1001, int(t[1])]))
+    assert got[0].isnan().all() and torch.equal(got[1], want[1])
+
+
+@interpreter
+@pytest.mark.skipif(INTERPRETED, reason="is the run itself")
+def test_the_kernel_under_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "AVFAST_BACKEND": "triton"}
+    chosen = "written_out or one_name or large_counters or strides or rounded_once or nothing_to_do or kernel_alone"
+    command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "13 passed" in run.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted functions do not compile")
+@pytest.mark.parametrize(
+    "source, target, patch, arch",
+    [
+        ("fp32", "bf16", (2, 16, 16), 90),
+        ("fp32", "fp32", (1, 16, 16), 90),
+        ("fp32", "bf16", (2, 16, 16), 80),
+        ("fp32", "bf16", (2, 16, 16), 100),
+        *(
+            pytest.param(source, target, patch, arch, marks=pytest.mark.slow)
+            for arch in (80, 90, 100)
+            for patch in ((2, 16, 16), (1, 16, 16), (1, 5, 3))
+            for source in ("fp32", "bf16", "fp16")
+            for target in ("fp32", "bf16", "fp16")
+        ),
+    ],
+)
+def test_the_kernel_compiles_without_spills(source, target, patch, arch):
+    pytest.importorskip("triton")
+    usage = compile_for_hopper(*kernel_form(source, target, patch), arch=arch)
+    assert usage.stack == 0 and usage.registers <= 96, usage
+    if patch[2] == 16:
+        assert max(usage.accesses) == (128 if source == target == "fp32" else 64), usage
+
+
+def kernel_form(source, target, patch):
+    from avfast.kernels import diffuse_patches as kernels
+
+    types = {"x_ptr": f"*{source}", "out_ptr": f"*{target}", "tables_ptr": "*fp32"}
+    types |= dict.fromkeys(("ids_ptr", "t_ptr", "seed_ptr", "names_ptr"), "*i64")
+    values = 3 * math.prod(patch)
+    sizes = dict(zip(("PT", "PH", "PW"), patch, strict=True))
+    constants = {**sizes, "w_stride": 1, "VALUES": values, "BLOCK": kernels.BLOCK}  # Triton makes a constant of 1
+    return kernels.diffuse_kernel, types, constants, kernels.WARPS
 
 
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "sliced"])
@@ -199,7 +279,9 @@ def test_half_precision_is_rounded_once(implementation, dtype):
         if dtype == torch.float16:
             pytest.skip("csrc/ writes no float16 on a CPU")
         backend.set_backend("auto")  # which leaves input in half precision to the reference
-    x, ids, t, patch = random_case("video")
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter cuts off where it should round")
+    x, ids, t, patch = random_case("image")
     exact = diffuse_patches(x, ids, t, SCHEDULE, 1, patch=patch)
     assert torch.equal(diffuse_patches(x, ids, t, SCHEDULE, 1, patch=patch, dtype=dtype), exact.to(dtype))
     half = diffuse_patches(x.to(dtype), ids, t, SCHEDULE, 1, patch=patch)

@@ -20,7 +20,9 @@ from mock_driver import mock_driver  # noqa: E402
 from avfast.kernels import packed_attention as kernels  # noqa: E402
 from avfast.ops import (  # noqa: E402
     AttentionPlan,
+    NoiseSchedule,
     add_layer_norm,
+    diffuse_patches,
     packed_attention,
     packed_attention_qkv,
     pair_attention,
@@ -115,6 +117,20 @@ def test_gather_patches_compiles_once_whatever_the_grid(monkeypatch):
             images = torch.empty(2, 3, 16 * number, 128)
             torch.ops.avfast.gather_patches(images, torch.zeros(number + 1, dtype=torch.int64)[1:], 16, torch.bfloat16)
     assert launches.counts() == {"gather_patches_kernel": 1}
+    assert not launches.unguarded
+
+
+def test_diffuse_patches_compiles_once_whatever_the_batch_the_mask_and_the_stream(monkeypatch):
+    schedule = NoiseSchedule()
+    with mock_driver(monkeypatch) as launches:
+        for number in range(1, 8):
+            x = torch.empty(number, 3, 2, 16 * number, 128)
+            ids = torch.zeros(number, 3 * number + 1, dtype=torch.int64)
+            t = torch.zeros(number + 1, dtype=torch.int64)[1:]
+            diffuse_patches(
+                x, ids, t, schedule, number, patch=(2, 16, 16), stream=16 * (number % 2), dtype=torch.bfloat16
+            )
+    assert launches.counts() == {"diffuse_kernel": 1}
     assert not launches.unguarded
 
 
