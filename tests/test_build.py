@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,33 @@ def test_the_command_builds_ahead_and_says_where(fresh, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         build.main(["--cuda", "hopper"])
     assert "--cuda takes numbers such as 80,90, got 'hopper'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(NVCC is None or COMPILER is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    "arch", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+)
+def test_cuda_compiles_without_spills(fresh, arch):
+    path = build.build("cuda", [arch])
+    folder = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    report, code = (
+        subprocess.run([folder / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
+        for option in ("-res-usage", "-sass")
+    )
+    assert f"sm_{arch}" in code
+    usage = re.findall(r"Function \S*diffuse\S*:\s+REG:(\d+) STACK:(\d+)", report)
+    assert len(usage) == 9, report  # float32, float16 and bfloat16, read and written
+    assert all(int(registers) <= 64 and stack == "0" for registers, stack in usage), usage
+    assert not re.search(r"\b(LDL|STL)\b", code)
+
+
+@pytest.mark.skipif(NVCC is None or COMPILER is None, reason="needs nvcc")
+@pytest.mark.slow
+def test_the_cuda_library_loads_without_a_gpu(fresh):
+    path = build.build("cuda", [90])
+    code = f"import torch; torch.ops.load_library({str(path)!r}); print(torch.ops.avfast_native.diffuse_patches_cuda)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and "diffuse_patches_cuda" in run.stdout, run.stderr
 
 
 def test_the_sources_are_part_of_the_package(tmp_path):

@@ -418,3 +418,67 @@ def test_errors_name_what_was_wrong(change, message):
     change(case)
     with pytest.raises(ValueError, match=message):
         diffuse_patches(case.pop("x"), case.pop("ids"), case.pop("t"), SCHEDULE, case.pop("seed"), **case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "native"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_on_a_gpu(monkeypatch, name, case):
+    """Against the reference on the CPU; in half precision the bits of the cast; every part twice with equal bits."""
+    if name == "native" and not build.load("cuda"):
+        pytest.skip("needs nvcc")
+    x, ids, t, patch = random_case(case)
+    names = torch.tensor([3, 2**40 + 5, 2**63 - 1])[: len(x)]
+    monkeypatch.setattr(backend, "_backend", "reference")
+    want = diffuse_patches(x, ids, t, SCHEDULE, 2**62 + 5, patch=patch, sample_ids=names, stream=7).double()
+    monkeypatch.setattr(backend, "_backend", name)
+    x, ids, t, names = (y.cuda() for y in (x, ids, t, names))
+    seed = torch.tensor(2**62 + 5, device="cuda")
+
+    def call(**kwargs):
+        return diffuse_patches(x, ids, t, SCHEDULE, seed, patch=patch, sample_ids=names, stream=7, **kwargs)
+
+    got = call()
+    assert ((got.cpu().double() - want).abs() / want.abs().clamp(min=1)).max() <= 2e-6
+    assert torch.equal(got, call())
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(call(dtype=dtype), got.to(dtype))
+    ids[0, 0] = -1
+    missing = call()
+    assert missing[0, 0].isnan().all() and torch.equal(missing[0, 1:], got[0, 1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_a_cuda_graph_replays_with_another_seed(monkeypatch, name):
+    if name == "native" and not build.load("cuda"):
+        pytest.skip("needs nvcc")
+    monkeypatch.setattr(backend, "_backend", name)
+    x, ids, t, patch = random_case("video")
+    x, ids, t, seed = x.cuda(), ids.cuda(), t.cuda(), torch.tensor(1, device="cuda")
+
+    def call():
+        return diffuse_patches(x, ids, t, SCHEDULE, seed, patch=patch)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for number in (2, 3):
+        seed.fill_(number)
+        graph.replay()
+        assert torch.equal(out, call())
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_the_noise_of_a_gpu_is_normal_and_independent(monkeypatch, name):
+    if name == "native" and not build.load("cuda"):
+        pytest.skip("needs nvcc")
+    monkeypatch.setattr(backend, "_backend", name)
+    with torch.device("cuda"):
+        z = noise(samples=640).cpu()
+    assert max(map(abs, normality(z))) < 4.5
+    assert abs(correlation(z[1:], z[:-1])) < 4.5
