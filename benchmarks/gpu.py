@@ -269,6 +269,7 @@ def models(run: Round) -> list[Job]:
         options = {
             "attention": "--cases tiny --dtypes float32 --variants avfast,loop",
             "pair_attention": "--cases tiny --dtypes float32 --variants avfast,two_sdpa",
+            "diffusion": "--cases tiny --variants avfast,eager",
             "avsiam": "--cases tiny --depth 1 --variants avfast,padded",
             "deepavfusion": "--cases none --size tiny --tokens masked",
         }
@@ -277,6 +278,7 @@ def models(run: Round) -> list[Job]:
         options = {
             "attention": "--quick --graph --cases n49,n196,n392,mix-0-50,decoder-708 --variants 'avfast,dense*,varlen'",
             "pair_attention": "--quick --graph --variants 'avfast,two_sdpa,summed_pairs'",
+            "diffusion": "--quick --graph --variants 'avfast*,eager,compiled'",
             "avsiam": "--quick --cases full-0-50",
             "deepavfusion": "--quick --tokens masked",
         }

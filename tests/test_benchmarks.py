@@ -144,6 +144,44 @@ def test_no_speed_of_a_wrong_schedule(scripts, no_floors, monkeypatch, tmp_path)
     assert any(r["variant"] == "avfast" and r["median_ms"] for r in rows)
 
 
+@pytest.fixture
+def diffusion(scripts, no_floors, monkeypatch):
+    import diffusion
+
+    monkeypatch.setattr(diffusion, "memory_in_subprocess", lambda *args: {})
+    yield diffusion
+    sys.modules.pop("diffusion", None)
+
+
+DIFFUSION = ["--quick", "--device", "cpu", "--cases", "tiny", "--rounds", "3", "--bare"]
+
+
+def test_diffusion_script_compares_with_plain_operators(diffusion, tmp_path):
+    target = tmp_path / "diffusion.csv"
+    assert diffusion.main([*DIFFUSION, "--dtypes", "*", "--csv", str(target)]) == 0
+    rows = _rows(target)
+    assert {(r["variant"], r["dtype"]) for r in rows} == {
+        (variant, dtype) for variant in ("avfast", "eager", "eager_patchify") for dtype in ("float32", "bfloat16")
+    }
+    assert all(float(r["median_ms"]) > 0 and "x a clone" in r["note"] for r in rows)
+    assert all(0 < float(r["error"]) < 0.005 for r in rows if r["variant"] == "avfast")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda out: 1.01 * out, lambda out: out.roll(1, 1), lambda out: out + 0.2 * torch.randn_like(out)],
+    ids=["scaled", "other patches", "more noise"],
+)
+def test_no_speed_of_a_wrong_noise(diffusion, monkeypatch, tmp_path, wrong):
+    for name in ("avfast", "eager"):
+        right = diffusion.VARIANTS[name]
+        monkeypatch.setitem(diffusion.VARIANTS, name, lambda *args, f=right: wrong(f(*args)))
+    target = tmp_path / "diffusion.csv"
+    assert diffusion.main([*DIFFUSION, "--variants", "avfast,eager,eager_patchify", "--csv", str(target)]) == 1
+    refused = {r["variant"]: "REFUSED" in r["note"] and not r["median_ms"] for r in _rows(target)}
+    assert refused == {"avfast": True, "eager": True, "eager_patchify": False}
+
+
 def test_interleaved_timing_takes_every_variant_each_round(scripts):
     order = []
 
