@@ -20,7 +20,8 @@ from avfast.masking import Kept
 from avfast.models import AVSiam
 from avfast.models.masked_pair import PairDraws
 from avfast.nn import patchify
-from avfast.ops import info_nce, masked_patch_mse
+from avfast.ops import info_nce
+from avfast.ops.masked_patch_mse import normalise_patches
 from avfast.packing import cumulative, runs
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -94,7 +95,8 @@ class Variant(nn.Module):
             predicted = self.decode(self.decoder_input(a, v))
             targets = patchify(audio, model.patch_embed_a.patch_size), patchify(visual, model.patch_embed.patch_size)
             for got, target, masked in zip(predicted, targets, (self.masked_a, self.masked_v), strict=True):
-                term = masked_patch_mse(got, target, masked, norm_pix=model.norm_pix)
+                target = normalise_patches(target)[0] if model.norm_pix else target
+                term = ((got - target).square().mean(-1) * masked).sum() / masked.sum()
                 loss = loss + model.reconstruction_weight * term
         return loss
 

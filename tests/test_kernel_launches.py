@@ -23,6 +23,7 @@ from avfast.ops import (  # noqa: E402
     NoiseSchedule,
     add_layer_norm,
     diffuse_patches,
+    masked_patch_mse,
     packed_attention,
     packed_attention_qkv,
     pair_attention,
@@ -131,6 +132,17 @@ def test_diffuse_patches_compiles_once_whatever_the_batch_the_mask_and_the_strea
                 x, ids, t, schedule, number, patch=(2, 16, 16), stream=16 * (number % 2), dtype=torch.bfloat16
             )
     assert launches.counts() == {"diffuse_kernel": 1}
+    assert not launches.unguarded
+
+
+def test_masked_patch_mse_compiles_once_whatever_the_grid(monkeypatch):
+    with mock_driver(monkeypatch) as launches:
+        for number in range(1, 8):
+            x = torch.empty(2, 3, 2 * number, 32 + 16 * number, 32)
+            prediction = torch.empty(2, number, 1536, requires_grad=True)
+            ids = torch.zeros(2, number + 1, dtype=torch.int64)[:, 1:]
+            backward(masked_patch_mse(prediction, x, ids, patch=(2, 16, 16)))
+    assert launches.counts() == {"patch_mse_forward_kernel": 1, "patch_mse_backward_kernel": 1}
     assert not launches.unguarded
 
 

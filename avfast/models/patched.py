@@ -328,14 +328,17 @@ def reconstruction_losses(
     """
     losses = {}
     for name, kept, _, present in draws.sides():
-        target, guess = patchify(inputs[name], parts[name].patch_size), predicted[name]
-        mask = kept.masked(target.shape[1])
+        part = parts[name]
+        counted = kept.masked(part.num_patches)
         if present is not None:
-            mask = mask & present.bool()[:, None]
+            counted = counted & present.bool()[:, None]
+        patches = torch.arange(counted.numel() if entries else part.num_patches, device=counted.device)
         if entries:
-            target, mask = (x.flatten(0, 1)[entries[name]][None] for x in (target, mask))
-            guess = guess[None]
-        losses[f"reconstruction_{name}"] = masked_patch_mse(guess, target, mask, norm_pix=norm_pix[name])
+            counted, patches = counted.flatten()[entries[name]], patches[entries[name]]
+        ids = torch.where(counted, patches, -1)
+        losses[f"reconstruction_{name}"] = masked_patch_mse(
+            predicted[name], inputs[name], ids, patch=part.patch_size, norm_pix=norm_pix[name]
+        )
     return losses
 
 
