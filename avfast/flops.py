@@ -91,6 +91,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         own.packed_attention_backward: _raw(_packed_backward),
         own.packed_attention_qkv: _raw(_packed_qkv),
         own.packed_attention_qkv_backward: _raw(_packed_qkv_backward),
+        own.local_attention: _raw(_local),
+        own.local_attention_backward: _raw(_local_backward),
         own.pair_attention: _raw(_pair),
         own.pair_attention_backward: _raw(_pair_backward),
     }
@@ -181,6 +183,15 @@ def _pair(
 
 def _pair_backward(grad: torch.Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * _pair(*args)
+
+
+def _local(qkv: torch.Tensor, bias: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    batch, tokens, _, heads, dim = qkv.shape
+    return 4 * batch * tokens * bias.shape[-1] * heads * dim
+
+
+def _local_backward(grad: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * _local(*args)
 
 
 def _without_recomputation(formula: Callable[..., int]) -> Callable[..., int]:

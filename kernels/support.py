@@ -13,7 +13,7 @@ HEAD_DIMS = (16, 32, 64, 80, 128)
 MOST_COLUMNS = 128
 NATIVE = {"cpu": ((torch.float32,), (torch.float32, torch.bfloat16)), "cuda": (DTYPES, DTYPES)}
 """What the compiled code of csrc/ reads and writes."""
-ATTENTION = ("packed_attention", "pair_attention")
+ATTENTION = ("packed_attention", "pair_attention", "local_attention")
 
 
 def native(kind: str, dtypes: Sequence[torch.dtype]) -> bool:

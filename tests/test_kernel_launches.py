@@ -23,6 +23,7 @@ from avfast.ops import (  # noqa: E402
     NoiseSchedule,
     add_layer_norm,
     diffuse_patches,
+    local_attention,
     masked_patch_mse,
     packed_attention,
     packed_attention_qkv,
@@ -143,6 +144,17 @@ def test_masked_patch_mse_compiles_once_whatever_the_grid(monkeypatch):
             ids = torch.zeros(2, number + 1, dtype=torch.int64)[:, 1:]
             backward(masked_patch_mse(prediction, x, ids, patch=(2, 16, 16)))
     assert launches.counts() == {"patch_mse_forward_kernel": 1, "patch_mse_backward_kernel": 1}
+    assert not launches.unguarded
+
+
+def test_local_attention_compiles_once_per_kind_of_window(monkeypatch):
+    with mock_driver(monkeypatch) as launches:
+        for number in range(1, 8):
+            qkv = torch.empty(number, 32 * number, 3, 2, 32, dtype=torch.bfloat16, requires_grad=True)
+            bias, scale = torch.empty(3, 16, 16)[number % 2 :][:2], torch.empty(2 + number % 2)[number % 2 :]
+            for shift in ((2, 0), (2 + number % 2, 1)):
+                backward(local_attention(qkv, bias, scale, grid=(8 * number, 4), shift=shift))
+    assert launches.counts() == {"local_forward_kernel": 1, "local_backward_kernel": 1}
     assert not launches.unguarded
 
 

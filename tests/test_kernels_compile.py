@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -29,6 +30,7 @@ from avfast.kernels.work_lists import ROWS  # noqa: E402
 
 from avfast.kernels import (  # noqa: E402
     common,
+    local_attention,
     packed_attention,
     packed_attention_backward,
     packed_tiles,
@@ -38,14 +40,15 @@ from avfast.kernels import (  # noqa: E402
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "compile_check.csv"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-STATISTICS = ("lse", "lse_a", "lse_v", "delta", "bias")
+STATISTICS = ("lse", "lse_a", "lse_v", "delta", "bias", "scales", "dbias", "dscales")
 NUMBERS = (
     "heads", "items", "rows", "rows_q", "rows_k", "split", "batch", "queries", "all_queries", "n_a", "n_v",
-    "bias_column",
+    "bias_column", "windows", "per_program", "columns", "shift_rows", "shift_columns",
 )  # fmt: skip
 OPS: dict[str, tuple[Any, ...]] = {
     "packed_attention": (packed_attention, packed_attention_backward, packed_tiles, common),
     "pair_attention": (pair_attention, common),
+    "local_attention": (local_attention, common),
 }
 """The module of each op, and what it is made of."""
 CHOSEN = ("op", "kernel", "arch", "head_dim", "dtype", "tile", "precision")
@@ -54,7 +57,7 @@ MEASURED = ("registers", "programs", "stack", "spills", "shared", "hgmma", "hmma
 tiles (0: there is none), and all."""
 Variant = tuple[str, str, tuple[int, ...], torch.dtype, str, str]
 """Op, kernel, head dimensions, dtype, length class, precision; pair_attention has two head dimensions (queries',
-values') and no length classes."""
+values') and no length classes; local_attention is compiled for shifted windows of 4 x 4."""
 
 
 def constants(variant: Variant, arch: int = 90) -> dict:
@@ -62,6 +65,8 @@ def constants(variant: Variant, arch: int = 90) -> dict:
     op, name, dims, dtype, size, precision = variant
     if op == "packed_attention":
         chosen = packed_attention.constants(name, *dims, dtype, size, capability=arch // 10)
+    elif op == "local_attention":
+        chosen = local_attention.constants(*dims, [4, 4], [2, 0])
     else:
         chosen = pair_attention.constants(name, *dims, dtype, "masked", "masked")
         chosen["BIAS" if name == "forward" else "ADD"] = True
@@ -99,7 +104,7 @@ def compiled(variant: Variant, arch: int = 90, **changes) -> dict:
             signature[argument], aligned = "constexpr", False
         elif argument == "scale":
             signature[argument], aligned = "fp32", False
-        elif argument.endswith(("_row", "_head", "_batch")):
+        elif argument.endswith(("_row", "_head", "_batch", "_part")):
             signature[argument] = "i32"
         elif argument.startswith("boundary"):
             signature[argument], aligned = "*i32", False
@@ -121,7 +126,8 @@ def compiled(variant: Variant, arch: int = 90, **changes) -> dict:
 def labels(variant: Variant, arch: int = 90) -> dict:
     op, name, dims, dtype, size, precision = variant
     fixed = constants(variant)
-    own, other = fixed["BLOCK_F" if op == "pair_attention" else "BLOCK_M"], fixed["BLOCK_N"]
+    own = fixed["BLOCK_F" if op == "pair_attention" else "BLOCK_M"]
+    other = fixed.get("BLOCK_N", own)
     tile = f"{other}x{own}" if name == "dkv" else f"{own}x{other}"
     chosen = (op, name, arch, "x".join(map(str, dims)), str(dtype).removeprefix("torch."), tile, precision)
     return dict(zip(CHOSEN, chosen, strict=True))
@@ -174,6 +180,8 @@ def variants() -> list[Variant]:
         for name, d, e, dtype in pair_attention.variants()
         if d == e or dtype != torch.float16  # whose code is bfloat16's but for the type
     ]
+    kinds = itertools.product(local_attention.KERNELS, (16, 32, 64), (torch.bfloat16, torch.float32))
+    found += [("local_attention", name, (dim,), dtype, "") for name, dim, dtype in kinds]
     return [
         (*variant, precision)
         for variant in found
@@ -205,6 +213,7 @@ PACKED = [
     for name in packed_attention.KERNELS
 ]
 PAIR = [("pair_attention", name, (64, 64), HALF, "", "tf32x3") for name in pair_attention.KERNELS]
+LOCAL = [("local_attention", name, (32,), HALF, "", "tf32x3") for name in local_attention.KERNELS]
 OTHERS = [
     *(("packed_attention", name, (64,), HALF, "long", "tf32x3") for name in ("forward", "dq")),
     *(
@@ -219,18 +228,19 @@ def slow(cases: list) -> list:
     return [pytest.param(*(case if isinstance(case, list) else [case]), marks=pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize("variant", PACKED + PAIR + slow(OTHERS), ids=str)
+@pytest.mark.parametrize("variant", PACKED + PAIR + LOCAL + slow(OTHERS), ids=str)
 def test_shipped_variants_use_tensor_cores_and_do_not_spill(variant):
     row = compiled(variant)
     check(row)
     # Of the pair kernels only the products with a tile of keys on the left have the 64 rows of a warp group.
-    assert row["hgmma"] > 0 or variant[:2] == ("pair_attention", "forward")
+    # Those of local attention have the 16 rows of a warp.
+    assert row["hgmma"] > 0 or variant[:2] == ("pair_attention", "forward") or variant[0] == "local_attention"
     if row["source"] == committed()[key(row)]["source"]:
         assert {k: str(v) for k, v in row.items()} == committed()[key(row)]
 
 
 FEW = [[PACKED[0], 80], [PACKED[2], 100]]
-REST = [[variant, arch] for variant in PACKED + PAIR for arch in (80, 100) if [variant, arch] not in FEW]
+REST = [[variant, arch] for variant in PACKED + PAIR + LOCAL for arch in (80, 100) if [variant, arch] not in FEW]
 
 
 @pytest.mark.parametrize("variant, arch", FEW + slow(REST), ids=str)

@@ -4,6 +4,7 @@ from avfast.nn.block import Mlp, PackedAttention, PackedBlock, run_blocks
 from avfast.nn.decoder import Decoder, JointDecoder, PatchDecoder, SelfBlocks
 from avfast.nn.drop_path import DropPath, KeptSequences
 from avfast.nn.fusion import ContextBlock, CrossAttention, FusionBlock, PairAttention, TokenLayout
+from avfast.nn.local_block import LocalAttention, LocalBlock, LocalBlocks
 from avfast.nn.norm import SplitLayerNorm
 from avfast.nn.patches import PatchEmbed, SpaceTimePositions, patchify, positions, sincos, unpatchify
 
@@ -15,6 +16,9 @@ __all__ = [
     "FusionBlock",
     "JointDecoder",
     "KeptSequences",
+    "LocalAttention",
+    "LocalBlock",
+    "LocalBlocks",
     "Mlp",
     "PackedAttention",
     "PackedBlock",

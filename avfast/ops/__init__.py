@@ -4,6 +4,7 @@ from avfast.ops.add_layer_norm import add_layer_norm
 from avfast.ops.diffuse_patches import NoiseSchedule, diffuse_patches
 from avfast.ops.flash_attn_varlen import flash_attn_varlen_func
 from avfast.ops.info_nce import info_nce
+from avfast.ops.local_attention import local_attention
 from avfast.ops.masked_patch_mse import masked_patch_mse
 from avfast.ops.packed_attention import AttentionPlan, packed_attention, packed_attention_qkv
 from avfast.ops.pair_attention import pair_attention, pair_weights
@@ -16,6 +17,7 @@ __all__ = [
     "diffuse_patches",
     "flash_attn_varlen_func",
     "info_nce",
+    "local_attention",
     "masked_patch_mse",
     "packed_attention",
     "packed_attention_qkv",
