@@ -1,6 +1,7 @@
 """Modules over :mod:`avfast.ops`, with timm's argument and parameter names."""
 
 from avfast.nn.block import Mlp, PackedAttention, PackedBlock, run_blocks
+from avfast.nn.cross_block import CrossBlock, CrossBlocks
 from avfast.nn.decoder import Decoder, JointDecoder, PatchDecoder, SelfBlocks
 from avfast.nn.drop_path import DropPath, KeptSequences
 from avfast.nn.fusion import ContextBlock, CrossAttention, FusionBlock, PairAttention, TokenLayout
@@ -11,6 +12,8 @@ from avfast.nn.patches import PatchEmbed, SpaceTimePositions, patchify, position
 __all__ = [
     "ContextBlock",
     "CrossAttention",
+    "CrossBlock",
+    "CrossBlocks",
     "Decoder",
     "DropPath",
     "FusionBlock",
