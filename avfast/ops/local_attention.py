@@ -25,7 +25,7 @@ from avfast.ops._shared import at_least_float32, autocast_dtype, register_autogr
 
 LEAST_NORM = 1e-6
 APART = -100.0  # added to logits across the wrap
-CHUNK = 2**21  # values of qkv that the eager body has at a time
+CHUNK = 2**19  # values of qkv that the eager body has at a time
 
 
 def local_attention(
@@ -115,20 +115,17 @@ def _tokens(x: Tensor, grid: list[int], window: list[int], shift: list[int], dty
 
 def _weights(
     q: Tensor, k: Tensor, bias: Tensor, scale: Tensor, grid: list[int], window: list[int], shift: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Softmax and cosines ``(B, windows, H, W, W)`` of unit queries and keys ``(B, windows, H, W, D)``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Softmax and cosines ``(B, windows, H, W, W)``, lengths of queries and of keys ``(B, windows, H, W, 1)``."""
+    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=LEAST_NORM) for x in (q, k)]
     cosine = q @ k.mT
+    cosine /= norms[0]
+    cosine /= norms[1].mT
     logits = torch.addcmul(bias, cosine, scale[:, None, None])
     if any(shift):
         region = window_regions(grid, window, shift, q.device)
         logits += ((region[:, :, None] != region[:, None, :]) * APART)[:, None].to(logits.dtype)
-    return logits.softmax(-1), cosine
-
-
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors of length 1 and the lengths ``(..., 1)``, at least 1e-6."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=LEAST_NORM)
-    return x / norm, norm
+    return logits.softmax(-1), cosine, norms[0], norms[1]
 
 
 @torch.library.custom_op("avfast::local_attention", mutates_args=())
@@ -140,7 +137,7 @@ def _forward(qkv: Tensor, bias: Tensor, scale: Tensor, grid: list[int], window: 
     out = qkv.new_empty((*qkv.shape[:2], *qkv.shape[3:]))
     for part in _samples(qkv):
         q, k, v = _windows(qkv[part], grid, window, shift)
-        weights, _ = _weights(_unit(q)[0], _unit(k)[0], bias, scale, grid, window, shift)
+        weights = _weights(q, k, bias, scale, grid, window, shift)[0]
         out[part] = _tokens((weights @ v)[None], grid, window, shift, qkv.dtype)[:, :, 0]
     return out
 
@@ -163,8 +160,7 @@ def _backward(
     for part in _samples(qkv):
         q, k, v = _windows(qkv[part], grid, window, shift)
         (grad_out,) = _windows(grad[part, :, None], grid, window, shift)
-        (q, norm_q), (k, norm_k) = _unit(q), _unit(k)
-        weights, cosine = _weights(q, k, bias, scale, grid, window, shift)
+        weights, cosine, norm_q, norm_k = _weights(q, k, bias, scale, grid, window, shift)
         out = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
         torch.matmul(weights.mT, grad_out, out=out[2])
         ds = grad_out @ v.mT
@@ -173,13 +169,14 @@ def _backward(
         grad_bias += ds.sum((0, 1))
         cosine *= ds
         grad_scale += cosine.sum((0, 1, 3, 4))
-        for i, (product, unit, norm, along) in enumerate(
-            ((ds @ k, q, norm_q, cosine.sum(-1)), (ds.mT @ q, k, norm_k, cosine.sum(-2)))
-        ):
+        ds /= norm_q / scale[:, None, None]
+        ds /= norm_k.mT
+        torch.matmul(ds, k, out=out[0])
+        torch.matmul(ds.mT, q, out=out[1])
+        for i, (x, norm, along) in enumerate(((q, norm_q, cosine.sum(-1)), (k, norm_k, cosine.sum(-2)))):
             # A vector that is shorter than the least norm is divided by that, and has no direction to keep.
-            along = along[..., None] * (norm > LEAST_NORM)
-            torch.addcmul(product, unit, along, value=-1, out=product)
-            torch.mul(product, scale[:, None, None] / norm, out=out[i])
+            along = along[..., None] * scale[:, None, None] * (norm > LEAST_NORM) / norm.square()
+            out[i].addcmul_(x, along, value=-1)
         grad_qkv[part] = _tokens(out, grid, window, shift, qkv.dtype)
     return grad_qkv, grad_bias, grad_scale
 
