@@ -45,7 +45,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 UNTESTED = BENCHMARKS / "results" / "UNTESTED.md"
 STEPS = ("avsiam_base", "deepavfusion_base")
 SMOKE = ("packed D64 bfloat16*", "packed D32*", "packed D64 float32*", "packed D80*", "packed D16*", "pair 16*",
-         "pair 64*", "norm*,gather")  # fmt: skip
+         "pair 64*", "norm*,gather", "local*,mse*")  # fmt: skip
 CPU = "--device cpu --threads 1"
 REPORT = 5.0  # seconds kept for the end
 
@@ -270,6 +270,8 @@ def models(run: Round) -> list[Job]:
             "attention": "--cases tiny --dtypes float32 --variants avfast,loop",
             "pair_attention": "--cases tiny --dtypes float32 --variants avfast,two_sdpa",
             "diffusion": "--cases tiny --variants avfast,eager",
+            "masked_patch_mse": "--cases tiny --dtypes float32 --variants avfast,patches",
+            "local_attention": "--cases tiny --dtypes float32 --variants avfast,windows_sdpa",
             "avsiam": "--cases tiny --depth 1 --variants avfast,padded",
             "deepavfusion": "--cases none --size tiny --tokens masked",
         }
@@ -279,6 +281,8 @@ def models(run: Round) -> list[Job]:
             "attention": "--quick --graph --cases n49,n196,n392,mix-0-50,decoder-708 --variants 'avfast,dense*,varlen'",
             "pair_attention": "--quick --graph --variants 'avfast,two_sdpa,summed_pairs'",
             "diffusion": "--quick --graph --variants 'avfast*,eager,compiled'",
+            "masked_patch_mse": "--quick --graph --cases video-1254,audio-410 --dtypes bfloat16 --batch 32",
+            "local_attention": "--quick --graph --cases 64x8-shifted --dtypes bfloat16",
             "avsiam": "--quick --cases full-0-50",
             "deepavfusion": "--quick --tokens masked",
         }

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common
+import local_attention
+import masked_patch_mse
 import torch
 import torch.nn.functional as F
 from common import OURS, Row
@@ -133,6 +135,20 @@ def other_problems(device: torch.device, tiny: bool) -> Iterator[Problem]:
     yield Problem("gather", torch.float32, [images], lambda x: gather_patches(x, rows_kept, 16), gathered)
 
 
+def operator_problems(device: torch.device, tiny: bool) -> Iterator[Problem]:
+    """The cases of the operators' own benchmarks, few samples of each."""
+    for script, label in ((local_attention, "local"), (masked_patch_mse, "mse")):
+        cases = script.OP.cases(2)
+        for name in ("tiny",) if tiny else (name for name in cases if name != "tiny"):
+            for dtype in (torch.bfloat16, torch.float32):
+                leaves, constants = script.OP.inputs(cases[name], dtype, device)
+                ours, exact = (
+                    lambda *x, call=script.OP.variants[variant], case=cases[name], rest=constants: call(case, *x, *rest)
+                    for variant in (OURS, script.OP.plain)
+                )
+                yield Problem(f"{label} {name} {str(dtype)[6:]}", dtype, leaves, ours, exact)
+
+
 def check(problem: Problem) -> Row:
     """The row of one problem; without a note it is right."""
     start = time.perf_counter()
@@ -148,7 +164,7 @@ def check(problem: Problem) -> Row:
     return replace(row, error=error, note=verdict)
 
 
-GROUPS = {"packed": packed_problems, "pair": pair_problems, "other": other_problems}
+GROUPS = {"packed": packed_problems, "pair": pair_problems, "other": other_problems, "operators": operator_problems}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,20 @@ import torch
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
 UNTESTED = FOLDER / "results" / "UNTESTED.md"
-MODULES = ("attention", "attention_cases", "common", "gpu", "gpu_report", "machine", "memory", "smoke", "steptime")
+MODULES = (
+    "attention",
+    "attention_cases",
+    "common",
+    "gpu",
+    "gpu_report",
+    "local_attention",
+    "machine",
+    "masked_patch_mse",
+    "memory",
+    "op_runner",
+    "smoke",
+    "steptime",
+)
 
 
 @pytest.fixture
@@ -186,7 +199,18 @@ def test_dry_round(tmp_path):
     state = json.loads((tmp_path / "round.json").read_text())
     assert list(state["parts"]) == ["ceilings", "smoke", "tests", "kernels", "step", "models"]
     assert all(part["passed"] == part["jobs"] > 0 for part in state["parts"].values())
-    for name in ("ceilings", "smoke", "tiles", "steps", "attention", "pair_attention", "avsiam", "deepavfusion"):
+    for name in (
+        "ceilings",
+        "smoke",
+        "tiles",
+        "steps",
+        "attention",
+        "pair_attention",
+        "masked_patch_mse",
+        "local_attention",
+        "avsiam",
+        "deepavfusion",
+    ):
         with (tmp_path / f"{name}.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert rows and not any(row["note"].startswith(("FAILED", "REFUSED", "failed")) for row in rows), name
