@@ -173,14 +173,14 @@ def _backward(grad: Tensor, prediction: Tensor, x: Tensor, rows: Tensor, patch: 
         return kernels.backward(grad, prediction, x, rows, patch, norm_pix)
     out = prediction.new_empty(prediction.shape)
     scale = (grad * (2 / prediction.shape[1]))[:, None, None]
-    dead = (rows < 0)[:, None]
     for part, difference in _differences(prediction, x, rows, patch, norm_pix):
         difference *= scale[part]
         pixels = out[part].unflatten(1, (difference.shape[2], difference.shape[1]))
         for channel in range(pixels.shape[2]):  # one by one: neighbours in the loop are neighbours of one channel
             pixels[:, :, channel] = difference[:, channel]
-        out[part].masked_fill_(dead[part], 0.0)
-    return out
+    if rows.device.type == "cpu":
+        return out.index_fill_(0, (rows < 0).nonzero()[:, 0], 0.0)  # a few rows, not a pass over all
+    return out.masked_fill_((rows < 0)[:, None], 0.0)
 
 
 @_backward.register_fake
