@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.data.frontend import HTKFrontend, KaldiFrontend
+from avfast.data.frontend import AudioMAEFrontend, HTKFrontend, KaldiFrontend, MAViLFrontend
 from avfast.data.log_mel import _htk_triangles, _triangles, frame_length, frame_shift, htk_log_mel, log_mel
+from avfast.data.spec import video
 from avfast.random import DrawKey
 
 STORED = Path(__file__).parent / "fixtures" / "log_mel"
@@ -340,6 +341,94 @@ def test_front_end_is_json_and_checks_its_arguments() -> None:
     for wrong in ({"num_frames": 1}, {"hop": 0}, {"n_fft": 0.5}, {"gain_db": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             HTKFrontend(**wrong)
+
+
+# Ten thousand keys are enough to see a distribution.
+MANY = DrawKey(seed=3, step=9, positions=range(10_000), total=10_000)
+
+
+def test_audio_mae_divides_by_twice_the_deviation() -> None:
+    """So noise of variance 1 is four times as strong beside it as beside what is divided by the deviation alone."""
+    wave = waveform("noise")[None]
+    got = AudioMAEFrontend(num_frames=64).audio(wave)
+    banks = log_mel(wave)[0]
+    assert torch.allclose(got[0, : len(banks)], (banks + 4.268) / (2 * 4.569))
+    assert torch.allclose(got[0, len(banks) :], torch.tensor(4.268 / (2 * 4.569)))  # padded before
+    once = KaldiFrontend(num_frames=64, mean=-4.268, std=4.569).audio(wave)
+    assert (once.var() / got.var()).item() == pytest.approx(4, rel=1e-5)
+    assert AudioMAEFrontend().spec.frames is None
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """What the filter banks are made of in training: a function of waveforms, their lengths, a key and settings."""
+    seen: list[torch.Tensor] = []
+
+    def listen(waveform: torch.Tensor, **_) -> torch.Tensor:
+        seen.append(waveform)
+        return torch.zeros(len(waveform), 0, 128)
+
+    def hear(wave: torch.Tensor, valid: list[int], key: DrawKey, **settings) -> torch.Tensor:
+        frontend = AudioMAEFrontend(num_frames=1 + wave.shape[1] // 160, **settings)
+        frontend.audio(wave, torch.tensor(valid), train=True, key=key)
+        return seen.pop()
+
+    monkeypatch.setattr("avfast.data.frontend.log_mel", listen)
+    return hear
+
+
+def test_a_waveform_rolls_over_its_own_samples(heard) -> None:
+    wave = torch.arange(3 * 4000, dtype=torch.float32).view(3, 4000) / 12000
+    key = DrawKey(seed=5, step=3, positions=(4, 0, 2), total=6)
+    valid = [4000, 2500, 0]
+    got = heard(wave, valid, key)
+    starts = []
+    for row, source, count in zip(got, wave, valid, strict=True):
+        start = int((source == row[0]).nonzero()) if count else 0
+        starts.append(start)
+        assert torch.equal(row[:count], source[:count].roll(-start)) and torch.equal(row[count:], source[count:])
+    assert starts[0] > 0 and starts[1] > 0 and starts[0] != starts[1]
+    assert torch.equal(heard(wave[1:], valid[1:], DrawKey(5, 3, (0, 2), 6)), got[1:])  # follows the sample
+    assert torch.equal(heard(wave, valid, key, roll=False), wave)
+    starts = heard(torch.arange(10.0).expand(10_000, 10), [10] * 10_000, MANY)[:, 0].int().bincount(minlength=10)
+    assert len(starts) == 10 and (starts - 1000).abs().max() < 150  # every sample as often; the deviation is 30
+
+
+def test_a_waveform_gains_a_beta_factor(heard) -> None:
+    factors = heard(torch.ones(10_000, 1), [1] * 10_000, MANY, magnitude=True)[:, 0].double()
+    assert 0.5 < factors.min() and factors.max() < 1.5
+    # Beta(10, 10): mean 1/2, variance 1/84, kurtosis 3 - 6/23
+    assert factors.mean().item() == pytest.approx(1, abs=0.005)
+    assert factors.var().item() == pytest.approx(1 / 84, rel=0.06)
+    z = (factors - factors.mean()) / factors.std()
+    assert z.pow(4).mean().item() == pytest.approx(3 - 6 / 23, rel=0.08)
+
+
+def test_noise_and_shift_of_fine_tuning_are_switches() -> None:
+    wave, key = waveform("noise").repeat(2, 1), DrawKey(5, 3, (0, 1), 2)
+    still = AudioMAEFrontend(num_frames=64, roll=False)
+    assert torch.equal(still.audio(wave, train=True, key=key), still.audio(wave))
+    both = AudioMAEFrontend(num_frames=64, roll=False, noise=0.1, time_shift=10).audio(wave, train=True, key=key)
+    for row, plain in zip(both, still.audio(wave), strict=True):
+        added = min((row - plain.roll(shift, 0) for shift in range(-10, 10)), key=lambda x: x.abs().max())
+        assert -1e-6 <= added.min() and 0.01 < added.max() <= 0.1 + 1e-6
+
+
+def test_mavil_sees_a_video_no_longer_than_it_hears() -> None:
+    import json
+
+    frontend = MAViLFrontend()
+    assert (frontend.spec.frames, frontend.seconds) == (video(16, 4.0), pytest.approx(10.255))
+    short = MAViLFrontend(num_frames=192, video_frames=4, image_size=16, magnitude=True)
+    assert short.spec.frames == video(4, short.seconds) and short.seconds == pytest.approx(1.935)
+    assert short.visual(torch.zeros(2, 4, 3, 16, 16, dtype=torch.uint8)).shape == (2, 3, 4, 16, 16)
+    for each in (short, AudioMAEFrontend(std=3.26, roll=False)):
+        assert type(each)(**json.loads(json.dumps(each.to_dict()))) == each != type(each)()
+    for wrong, says in (({"video_seconds": 11.0}, "11.0 s does not fit"), ({"video_frames": 0}, "video_frames")):
+        with pytest.raises(ValueError, match=says):
+            MAViLFrontend(**wrong)
+    with pytest.raises(TypeError, match="frames"):
+        AudioMAEFrontend(frames=16)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from avfast.data.clips import (
     eval_loader,
     make_loader,
 )
-from avfast.data.frontend import HTKFrontend, KaldiFrontend
+from avfast.data.frontend import AudioMAEFrontend, HTKFrontend, KaldiFrontend, MAViLFrontend
 from avfast.data.log_mel import htk_log_mel, log_mel
 from avfast.data.manifest import read_all, read_folder, read_manifest
 from avfast.data.media import MediaError, MediaFile, MediaInfo, probe, read_audio, read_frames
 from avfast.data.spec import ClipSpec, Frames
 
 __all__ = [
+    "AudioMAEFrontend",
     "BadFiles",
     "Batch",
     "Clip",
@@ -28,6 +29,7 @@ __all__ = [
     "Frames",
     "HTKFrontend",
     "KaldiFrontend",
+    "MAViLFrontend",
     "MediaError",
     "MediaFile",
     "MediaInfo",
