@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Structure = Literal["unstructured", "time", "frequency", "time_frequency"]
+Rounding = Literal["floor", "nearest"]
 STRUCTURES = ("unstructured", "time", "frequency", "time_frequency")
 
 
@@ -35,9 +36,13 @@ def check_ratio(ratio: float) -> float:
     return ratio
 
 
-def num_kept(num_patches: int, ratio: float) -> int:
-    """``floor(num_patches * (1 - ratio))``, exact for decimal ratios: 100 patches at 0.9 keep 10, not 9."""
-    return floor(num_patches * (1 - Fraction(repr(float(check_ratio(ratio))))))
+def num_kept(num_patches: int, ratio: float, rounding: Rounding = "floor") -> int:
+    """``floor(num_patches * (1 - ratio))``, exact for decimal ratios: 100 patches at 0.9 keep 10, not 9.
+
+    ``rounding="nearest"`` rounds to the nearest number, halves up.
+    """
+    exact = num_patches * (1 - Fraction(repr(float(check_ratio(ratio)))))
+    return floor(exact + Fraction(1, 2) if rounding == "nearest" else exact)
 
 
 def ratio_pairs(ratios: Sequence[float], count: int, block: int = 0) -> list[tuple[float, float]]:

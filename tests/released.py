@@ -41,13 +41,13 @@ class Released:
         return np.random.RandomState(zlib.crc32((self.manifest["SALT"] + name).encode()))
 
     def state(self, layout: str, unread: str = "none") -> dict[str, torch.Tensor]:
-        """Released state dict of ``"pretrain"`` or ``"finetune"``; keys that are never read hold NaN.
+        """Released state dict of a layout of the manifest, such as ``"pretrain"``; keys that are never read hold NaN.
 
         So do those that begin with ``unread``.
         """
         entry = self.manifest[layout]
         scales, dead = set(entry["norm_scale_keys"]), set(entry["dead_keys"])
-        plain = set(entry["two_or_more_dims_but_not_a_kernel (value 0.02*n)"])
+        (plain,) = [set(keys) for name, keys in entry.items() if "value 0.02*n" in name]
         state = {}
         for key, shape, _ in entry["keys"]:
             if key in entry["aliases"] or key.startswith(unread) or key in dead and not key.startswith("ast_base"):

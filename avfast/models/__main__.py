@@ -16,7 +16,8 @@ COUNTED = ("patch_embed", "pos_embed", "encoder", "fusion")
 
 def part_of(name: str) -> str:
     """The part of a model that a parameter belongs to."""
-    first = name.split(".")[0]
+    parts = name.split(".")
+    first = parts[1] if parts[0] in ("audio", "visual") else parts[0]
     if first.startswith(("blocks_u", "fusion")):
         return "fusion"
     if first.startswith(("patch_embed", "pos_embed", "decoder", "head")):

@@ -7,15 +7,22 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any
 
+from avfast.models.audio_mae import AudioMAE
 from avfast.models.avsiam import AVSiam
 from avfast.models.cav_mae import CAVMAE
 from avfast.models.contract import Model
 from avfast.models.deepavfusion import DeepAVFusion
+from avfast.models.mavil import DiffMAViL, MAViL
 
 TINY = {
     "img_size": 64, "patch_size": 8, "audio_size": (192, 64), "audio_patch_size": 16, "embed_dim": 128, "num_heads": 4,
     "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4,
 }  # fmt: skip
+TINY_LISTENER = {
+    "audio_size": (192, 64), "embed_dim": 128, "depth": 4, "num_heads": 4, "decoder_embed_dim": 64, "decoder_depth": 2,
+    "decoder_num_heads": 4,
+}  # fmt: skip
+TINY_VIDEO = {**TINY_LISTENER, "img_size": 64, "num_frames": 8}
 LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 HUGE = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
 
@@ -34,6 +41,12 @@ PRESETS: dict[str, tuple[Callable[..., Model], dict[str, Any]]] = {
     ),
     "deepavfusion_base": (DeepAVFusion, {}),
     "deepavfusion_audioset": (DeepAVFusion, {"fusion_attn_ratio": 1.0, "fusion_mlp_ratio": 4.0}),
+    "audio_mae_tiny": (AudioMAE, TINY_LISTENER),
+    "audio_mae_base": (AudioMAE, {}),
+    "mavil_tiny": (MAViL, TINY_VIDEO),
+    "mavil_base": (MAViL, {}),
+    "diffmavil_tiny": (DiffMAViL, TINY_VIDEO),
+    "diffmavil_base": (DiffMAViL, {}),
 }
 
 
