@@ -36,13 +36,18 @@ def check_ratio(ratio: float) -> float:
     return ratio
 
 
-def num_kept(num_patches: int, ratio: float, rounding: Rounding = "floor") -> int:
+def num_kept(num_patches: int, ratio: float | Fraction, rounding: Rounding = "floor") -> int:
     """``floor(num_patches * (1 - ratio))``, exact for decimal ratios: 100 patches at 0.9 keep 10, not 9.
 
     ``rounding="nearest"`` rounds to the nearest number, halves up.
     """
-    exact = num_patches * (1 - Fraction(repr(float(check_ratio(ratio)))))
+    exact = num_patches * (1 - (ratio if isinstance(ratio, Fraction) else decimal(check_ratio(ratio))))
     return floor(exact + Fraction(1, 2) if rounding == "nearest" else exact)
+
+
+def decimal(x: float) -> Fraction:
+    """The number that a float is written as: 9/10 for 0.9."""
+    return Fraction(repr(float(x)))
 
 
 def ratio_pairs(ratios: Sequence[float], count: int, block: int = 0) -> list[tuple[float, float]]:

@@ -131,6 +131,8 @@ def test_patches_kept_and_masked_are_all_and_follow_the_curriculum():
         both = torch.cat([draws.kept[0], draws.masked], 1).sort(1).values
         assert torch.equal(both, torch.arange(512).expand(3, -1))
         assert model.visible(progress) == pytest.approx(0.1 + 0.1 * progress)
+    wide = AudioMAE(**SMALL | {"audio_size": (192, 64)}, mask_ratio=(0.9, 0.5)).masking
+    assert [wide.kept(48, epoch / 48) for epoch in (38, 43)] == [20, 22], "not one less by the last bits of 7/12"
     other = AudioMAE(**SMALL | {"audio_size": (1024, 128)}, mask_ratio=(0.9, 0.8), rounding="nearest")
     assert other.draw(3, key=DrawKey(0, 5, range(3), 3, 0.5)).audio.kept.shape[2] == 77
 

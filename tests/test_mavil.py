@@ -190,6 +190,10 @@ def test_what_stands_in_for_masked_patches_is_noised_pixels_or_a_token():
     assert (noised[0] - own[0]).abs().max() < 1 < (noised[1] - own[1]).abs().max()
     before = model(**inputs, draws=draws).loss
     assert before != model(**inputs, draws=drawn(model, 2, visual_timesteps=torch.tensor([6, 700]))).loss
+    barely = drawn(model, 2, visual_timesteps=torch.ones(2, dtype=torch.int64))
+    shown = model.figures(inputs, barely, model(**inputs, draws=barely)).reconstruction.visual
+    assert torch.equal(shown["input"], inputs["visual"][:, :, 4].float())
+    assert 0 < (shown["noised input"] - shown["input"]).abs().max() < 0.2  # 0.025 deviations of noise at t = 1
     assert MAViL(**SMALL).draw(2).noise is None
     with pytest.raises(ValueError, match="timesteps are of mask_content"):
         MAViL(**SMALL).draw(2, audio_timesteps=torch.ones(2, dtype=torch.int64))

@@ -152,7 +152,7 @@ class AudioMAE(nn.Module):
 
     def visible(self, progress: float) -> float:
         """Share of patches that the encoder sees at a point of training."""
-        return 1 - self.masking.ratio(progress)
+        return self.masking.visible(progress)
 
     def draw(
         self,

@@ -224,7 +224,7 @@ class MAViL(nn.Module):
 
     def visible(self, progress: float) -> float:
         """Share of patches that the encoders see at a point of training."""
-        return 1 - self.masking.ratio(progress)
+        return self.masking.visible(progress)
 
     # Random choices.
 

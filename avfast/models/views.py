@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from avfast.masking import Rounding, check_ratio, num_kept
+from avfast.masking import Rounding, check_ratio, decimal, num_kept
 from avfast.models.contract import Draws
 from avfast.models.patched import shared_plan
 from avfast.ops import AttentionPlan
@@ -138,12 +139,16 @@ class Masking:
         for name, value, allowed in (("rounding", rounding, Rounding), ("timesteps", timesteps, Timesteps)):
             if value not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
-        self.first, self.last = (check_ratio(r) for r in both)
+        self.first, self.last = (decimal(check_ratio(r)) for r in both)
         self.rounding, self.timesteps = rounding, timesteps
 
-    def ratio(self, progress: float) -> float:
-        """At a point of training; without the last bits, which would cost a patch (0.8500000000000001)."""
-        return round(self.first + (self.last - self.first) * progress, 9)
+    def ratio(self, progress: float) -> Fraction:
+        """At a point of training, exactly: the last bits of a float would cost a patch."""
+        return self.first + (self.last - self.first) * Fraction(progress).limit_denominator(10**6)
+
+    def visible(self, progress: float) -> float:
+        """Share of patches that a view keeps."""
+        return float(1 - self.ratio(progress))
 
     def kept(self, num_patches: int, progress: float) -> int:
         """Patches that a view keeps of N.
@@ -153,7 +158,7 @@ class Masking:
         """
         kept = num_kept(num_patches, self.ratio(progress), self.rounding)
         if not kept:
-            raise ValueError(f"a masking ratio of {self.ratio(progress)} keeps none of {num_patches} patches")
+            raise ValueError(f"a masking ratio of {float(self.ratio(progress))} keeps none of {num_patches} patches")
         return kept
 
     def check(self, *num_patches: int) -> None:
@@ -161,7 +166,7 @@ class Masking:
         for count in num_patches:
             for progress in (0.0, 1.0):
                 if self.kept(count, progress) == count:
-                    raise ValueError(f"a masking ratio of {self.ratio(progress)} masks none of {count} patches")
+                    raise ValueError(f"a masking ratio of {float(self.ratio(progress))} masks none of {count} patches")
 
 
 def draw_views(
