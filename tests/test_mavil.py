@@ -66,10 +66,10 @@ def test_tokens_and_logits_equal_the_released_ones(dtype):
     released.check("audio_tokens_12", found.audio, tol)
     released.check("video_tokens_12", found.visual, tol)
     released.check("logits_av", model.classify(audio, video), tol)
-    tokens = {name: model.tokens(name, x) for name, x in model.images(audio, video).items()}
-    released.check("fusion_tokens_3", torch.cat([*model.fused(tokens).values()], 1), tol)
+    tokens = {name: model.branches[name].encode(x) for name, x in model.images(audio, video).items()}
+    released.check("fusion_tokens_3", torch.cat([*model.fusion(**tokens).values()], 1), tol)
     model.fusion.blocks = model.fusion.blocks[:2]
-    fused = model.fused(tokens)
+    fused = model.fusion(**tokens)
     released.check("fusion_tokens_2", torch.cat([*fused.values()], 1), tol)
     released.check("fusion_audio_cls_2", fused["audio"][:, 0], tol)
     released.check("fusion_pooled_2", torch.cat([x[:, 1:].mean(1) for x in fused.values()], 1), tol)
@@ -227,7 +227,7 @@ def test_a_student_predicts_the_fused_tokens_of_a_frozen_teacher(teacher, tmp_pa
     student.eval()
     tokens = {n: b.encode(student.images(**inputs)[n], draws.sides()[n].plan("encoder"), draws.sides()[n].kept)
               for n, b in student.branches.items()}  # fmt: skip
-    seen = student.fusion(tokens["audio"][:2], tokens["visual"][:2], draws.plans["fusion"])
+    seen = student.fusion(tokens["audio"][:2], tokens["visual"][:2], draws.plan("fusion"))
     for (name, branch), features in zip(student.branches.items(), fused.split(counts, 1), strict=True):
         side = draws.sides()[name]
         predicted = branch.decode(seen[name], student.images(**inputs)[name], side, draws.noise)

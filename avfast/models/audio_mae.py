@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from avfast import checkpoints
 from avfast.masking import Rounding
-from avfast.models.branch import Branch, MaskContent, classifier, transformer_blocks
-from avfast.models.contract import Draws, Features, Figures, Output, Reconstruction
+from avfast.models.branch import Branch, MaskContent, classifier, reconstructions, transformer_blocks
+from avfast.models.contract import Draws, Features, Figures, Output
 from avfast.models.views import (
     BranchDraws,
     Masking,
@@ -45,7 +45,6 @@ from avfast.models.views import (
     counted,
     draw_views,
     present_rows,
-    whole_plan,
 )  # fmt: skip
 from avfast.released import audio_mae
 from avfast.tensors import float32_weights, untraced
@@ -200,15 +199,9 @@ class AudioMAE(nn.Module):
         """Draws with plans on the input's device; None are drawn."""
         return (self.draw(len(image)) if draws is None else draws).to(image.device)
 
-    def tokens(self, audio: Tensor, normed: bool = True) -> Tensor:
-        """``(B, 1 + N, D)`` tokens of all patches behind the class token."""
-        image = self.audio.image("audio", audio)
-        plan = whole_plan(image.shape[0], 1 + self.audio.num_patches, image.device)
-        return self.audio.encode(image, plan, normed=normed)
-
     def encode(self, audio: Tensor) -> Features:
         """Features ``(B, N, D)`` of the patches after the final norm, without masking, from ``(B, frames, mels)``."""
-        return Features(self.tokens(audio)[:, 1:], None, None)
+        return Features(self.audio.encode(self.audio.image("audio", audio))[:, 1:], None, None)
 
     def classify(self, audio: Tensor) -> Tensor:
         """Class logits ``(B, num_classes)`` from ``(B, frames, mels)``: of the mean over patches before the final norm.
@@ -218,16 +211,15 @@ class AudioMAE(nn.Module):
         """
         if self.head is None:
             raise RuntimeError("this model has no classification head; build it with num_classes")
-        return self.head(self.tokens(audio, normed=False)[:, 1:].mean(1))
+        tokens = self.audio.encode(self.audio.image("audio", audio), normed=False)
+        return self.head(tokens[:, 1:].mean(1))
 
     def figures(self, inputs: dict[str, Tensor], draws: AudioDraws, output: Output) -> Figures:
         """The reconstruction; with diffusion the noised input."""
-        if "audio" not in output.reconstruction:
-            return Figures()
         image = self.audio.image("audio", inputs["audio"])
         draws = draws.to(image.device)
-        rows, masked = self.audio.shown(image, output.reconstruction["audio"], draws.audio, draws.noise)
-        return Figures(Reconstruction(rows, {}, {"audio": masked}))
+        sides = {"audio": self.audio}, {"audio": image}, {"audio": draws.audio}
+        return reconstructions(*sides, draws.noise, output.reconstruction)
 
     # Training machinery.
 

@@ -7,133 +7,29 @@ et al., Diffusion Models as Masked Audio-Video Learners, B.2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from avfast.models.patched import init_weights
+from avfast.models.branch_decoder import EPS, Attention, BranchDecoder, DecoderClass
+from avfast.models.contract import Figures, Reconstruction
+from avfast.models.patched import init_weights, shared_plan
 from avfast.models.views import BranchDraws, Noise
-from avfast.nn import CrossBlock, CrossBlocks, LocalBlock, LocalBlocks, PackedBlock, run_blocks
-from avfast.nn.block import Read
-from avfast.nn.decoder import Decoder, SelfBlocks, Stack
+from avfast.nn import CrossBlock, LocalBlock, PackedBlock, run_blocks
 from avfast.nn.patches import PatchEmbed, patchify, positions, table, unpatchify
 from avfast.ops import AttentionPlan, NoiseSchedule, diffuse_patches, masked_patch_mse
 from avfast.ops.masked_patch_mse import normalise_patches
 from avfast.random import DrawKey
+from avfast.tensors import untraced
 
 if TYPE_CHECKING:
     import numpy as np
 
 MaskContent = Literal["token", "diffused"]
-Attention = Literal["self", "local", "cross"]
-DecoderClass = Literal["none", "encoder", "own"]
-EPS = 1e-6
-"""Of all LayerNorms, as in the released AudioMAE, mae_st and MAViL."""
-WINDOW = 4
-"""Patches along the side of a window of local attention (AudioMAE, section 3.2)."""
-
-
-class BranchDecoder(Decoder):
-    """Predicts masked patches from the tokens of the kept ones.
-
-    ``"self"``: all places attend to each other; ``"local"``: within shifted windows (AudioMAE, section 3.2);
-    ``"cross"``: masked patches read the kept ones and not each other (DiffMAViL, section 3), so that each prediction
-    depends on its own place and the kept patches alone.
-
-    Args:
-        dim: width of the incoming tokens.
-        decoder_dim: width of the decoder, d.
-        depth: blocks.
-        num_heads: their heads.
-        attention: see above.
-        grid: patches along each axis, N in all.
-        values: to predict per patch.
-        patch_values: of a noised patch; None where a mask token stands in for masked patches.
-        cls: what goes through ``"self"`` blocks in front of the patches: nothing, the encoder's class token, or one of
-            the decoder's own.
-        mlp_ratio: of the blocks.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        decoder_dim: int,
-        depth: int,
-        num_heads: int,
-        attention: Attention,
-        grid: Sequence[int],
-        values: int,
-        patch_values: int | None,
-        cls: DecoderClass,
-        mlp_ratio: float,
-    ) -> None:
-        super().__init__(dim, decoder_dim, mask_token=patch_values is None)
-        self.attention, self.cls, self.num_patches = attention, cls, prod(grid)
-        self.embed_noised = None if patch_values is None else nn.Linear(patch_values, decoder_dim)
-        self.pos_embed = positions(decoder_dim, grid)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, decoder_dim)) if cls == "own" else None
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=0.02)
-        stack: Stack = SelfBlocks
-        if attention == "local":
-            if len(grid) != 2 or any(n % WINDOW for n in grid):
-                raise ValueError(
-                    f"local attention needs multiples of {WINDOW} patches along both axes, got {tuple(grid)}; a global "
-                    "decoder takes any"
-                )
-            stack = partial(LocalBlocks, grid=(grid[0], grid[1]), window=(WINDOW, WINDOW))
-        elif attention == "cross":
-            stack = CrossBlocks
-        self.blocks = stack(decoder_dim, depth, num_heads, mlp_ratio, EPS)
-        self.norm = nn.LayerNorm(decoder_dim, eps=EPS)
-        self.pred = nn.Linear(decoder_dim, values)
-
-    @property
-    def front(self) -> int:
-        """Tokens in front of the patches."""
-        return int(self.cls != "none")
-
-    def forward(self, tokens: Tensor, draws: BranchDraws, noised: Tensor | None = None, whole: bool = False) -> Tensor:
-        """Decode.
-
-        Args:
-            tokens: ``(B, 1 + K, D)``, the class token first.
-            draws: which patches these are, and which are masked.
-            noised: ``(B, M, P)`` masked patches, where no mask token stands in for them.
-            whole: predict all patches, not under ``"cross"``.
-
-        Returns:
-            ``(B, M, values)``, or ``(B, N, values)``.
-        """
-        embedded, where = self.embed(tokens), table(self.pos_embed)[0]
-        kept, masked, batch = draws.kept[0], draws.masked, embedded.shape[0]
-        given = None if self.embed_noised is None or noised is None else self.embed_noised(noised)
-        first = torch.arange(batch, device=masked.device)[:, None]
-        if self.attention == "cross":
-            if whole:
-                raise ValueError("a cross decoder predicts masked patches alone")
-            if given is None and self.mask_token is not None:
-                given = self.mask_token.to(embedded.dtype).expand(*masked.shape, -1)
-            # the kept patches and those to predict, no place in between
-            ids = torch.cat([kept, masked], 1)
-            x = torch.cat([embedded[:, 1:], cast(Tensor, given)], 1) + where[ids]
-            rows = torch.arange(ids.shape[1], device=ids.device) + first * ids.shape[1]
-            places, wanted = rows[:, : kept.shape[1]].flatten(), rows[:, kept.shape[1] :].flatten()
-        else:
-            places, entries = ((ids + first * self.num_patches).flatten() for ids in (kept, masked))
-            stand_in = None if given is None else (given.flatten(0, 1), entries)
-            x = self.whole(embedded[:, 1:].flatten(0, 1), places, (batch, self.num_patches), stand_in) + where
-            if self.front:
-                own = embedded[:, :1] if self.cls_token is None else self.cls_token.to(x.dtype).expand(batch, -1, -1)
-                x = torch.cat([own, x], 1)
-            wanted = (masked + self.front + first * x.shape[1]).flatten()
-        x = self.run(x, draws.plan("decoder"), places, None if whole else Read(wanted, draws.plan("read")))
-        return self.pred(x[:, self.front :] if whole else x.unflatten(0, masked.shape))
 
 
 class Branch(nn.Module):
@@ -303,12 +199,14 @@ class Branch(nn.Module):
         channels = self.patch_embed.proj.in_channels
         return like.new_zeros(like.shape[0], channels, *self.patch_embed.img_size)
 
-    def encode(self, image: Tensor, plan: AttentionPlan, kept: Tensor | None = None, normed: bool = True) -> Tensor:
+    def encode(
+        self, image: Tensor, plan: AttentionPlan | None = None, kept: Tensor | None = None, normed: bool = True
+    ) -> Tensor:
         """Tokens of the kept patches, behind a class token.
 
         Args:
             image: from :meth:`image`.
-            plan: of V * B sequences of 1 + K tokens.
+            plan: of V * B sequences of 1 + K tokens; default made here.
             kept: ``(V, B, K)`` ids; default all patches in one view.
             normed: with the final norm, where there is one.
 
@@ -325,6 +223,7 @@ class Branch(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype)
         x = torch.cat([cls.expand(tokens.shape[0], -1, -1), tokens], 1)
         shape, norm = x.shape[:2], self.norm if normed else None
+        plan = equal_lengths(x) if plan is None else plan
         x = run_blocks(self.blocks, x.flatten(0, 1), plan, recompute=self.grad_checkpointing, norm=norm)
         return x.unflatten(0, shape)
 
@@ -394,6 +293,12 @@ class Branch(nn.Module):
             self.decoder.grad_checkpointing = enable
 
 
+@untraced
+def equal_lengths(x: Tensor) -> AttentionPlan:
+    """The plan of sequences ``(B, n, D)``."""
+    return shared_plan((x.shape[1],) * x.shape[0], x.device)
+
+
 class Fusion(nn.Module):
     """Transformer blocks over [audio; video] tokens of a pair.
 
@@ -412,13 +317,31 @@ class Fusion(nn.Module):
         self.grad_checkpointing = False
         self.apply(init_weights)
 
-    def forward(self, audio: Tensor, visual: Tensor, plan: AttentionPlan) -> dict[str, Tensor]:
-        """Fused tokens by modality from ``(B, Na, D)`` and ``(B, Nv, D)``; the plan is of B sequences of both."""
+    def forward(self, audio: Tensor, visual: Tensor, plan: AttentionPlan | None = None) -> dict[str, Tensor]:
+        """Fused tokens by modality from ``(B, Na, D)`` and ``(B, Nv, D)``.
+
+        The plan, of B sequences of both, is made here where none is given.
+        """
         x = torch.cat([audio, visual], 1)
-        shape = x.shape[:2]
+        shape, plan = x.shape[:2], equal_lengths(x) if plan is None else plan
         x = run_blocks(self.blocks, x.flatten(0, 1), plan, recompute=self.grad_checkpointing, norm=self.norm)
         audio, visual = x.unflatten(0, shape).split([audio.shape[1], visual.shape[1]], 1)
         return {"audio": audio, "visual": visual}
+
+
+def reconstructions(
+    branches: Mapping[str, Branch],
+    images: Mapping[str, Tensor],
+    draws: Mapping[str, BranchDraws],
+    noise: Noise | None,
+    predicted: Mapping[str, Tensor],
+) -> Figures:
+    """What can be shown of predictions ``(B, M, P)`` by modality; nothing without any."""
+    if not predicted:
+        return Figures()
+    shown = {name: b.shown(images[name], predicted[name], draws[name], noise) for name, b in branches.items()}
+    rows = {name: shown[name][0] if name in shown else {} for name in ("audio", "visual")}
+    return Figures(Reconstruction(rows["audio"], rows["visual"], {name: masked for name, (_, masked) in shown.items()}))
 
 
 def classifier(dim: int, num_classes: int) -> nn.Sequential:

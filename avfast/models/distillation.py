@@ -14,7 +14,7 @@ from avfast.distributed import all_sum, world_size
 
 if TYPE_CHECKING:
     from avfast.models.mavil import MAViL
-    from avfast.ops import AttentionPlan
+    from avfast.models.views import ViewDraws
 
 
 class Teacher:
@@ -39,10 +39,11 @@ class Teacher:
         self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def features(self, images: Mapping[str, Tensor], plans: Mapping[str, AttentionPlan]) -> dict[str, Tensor]:
-        """Its fused tokens ``(B, N, D)`` of the patches of both modalities, nothing masked; plans of the draws."""
-        tokens = {name: self.model.tokens(name, x, plans[f"whole {name}"]) for name, x in images.items()}
-        return {name: x[:, 1:] for name, x in self.model.fused(tokens, plans["whole fusion"]).items()}
+    def features(self, images: Mapping[str, Tensor], draws: ViewDraws) -> dict[str, Tensor]:
+        """Its fused tokens ``(B, N, D)`` of the patches of both modalities, nothing masked; plans are the draws'."""
+        parts = self.model.branches.items()
+        tokens = {name: branch.encode(images[name], draws.plan(f"whole {name}")) for name, branch in parts}
+        return {name: x[:, 1:] for name, x in self.model.fusion(**tokens, plan=draws.plan("whole fusion")).items()}
 
 
 def token_mse(prediction: Tensor, features: Tensor, ids: Tensor) -> Tensor:

@@ -45,20 +45,11 @@ from torch import Tensor, nn
 
 from avfast import checkpoints
 from avfast.masking import Rounding
-from avfast.models.branch import Branch, Fusion, MaskContent, classifier, transformer_blocks
-from avfast.models.contract import Features, Figures, Output, Reconstruction
+from avfast.models.branch import Branch, Fusion, MaskContent, classifier, reconstructions, transformer_blocks
+from avfast.models.contract import Features, Figures, Output
 from avfast.models.distillation import Teacher, token_mse
-from avfast.models.views import (
-    Masking,
-    Timesteps,
-    ViewDraws,
-    check_given,
-    counted,
-    draw_views,
-    present_rows,
-    whole_plan,
-)
-from avfast.ops import AttentionPlan, info_nce
+from avfast.models.views import Masking, Timesteps, ViewDraws, check_given, counted, draw_views, present_rows
+from avfast.ops import info_nce
 from avfast.packing import take_rows
 from avfast.released import audio_mae, mae_st, mavil
 from avfast.tensors import float32_weights, untraced
@@ -196,9 +187,7 @@ class MAViL(nn.Module):
                 self.heads[name] = classifier(embed_dim * (2 if name == "fused" else 1), num_classes)
         self.teacher: Teacher | None = None
         if teacher is not None:
-            whole = {
-                k: v for k, v in shared.items() if k not in ("values", "decoder_depth", "mask_content", "norm_pix")
-            }
+            whole = {k: v for k, v in shared.items() if k not in ("values", "decoder_depth")}
             model = MAViL(
                 img_size=img_size, num_frames=num_frames, tubelet_size=tubelet_size, patch_size=patch_size,
                 audio_size=audio_size, fusion_depth=fusion_depth, mask_ratio=mask_ratio, decoder_depth=0, **whole,
@@ -299,7 +288,6 @@ class MAViL(nn.Module):
         given = {"audio": audio is not None, "visual": visual is not None}
         if draws is None or draws.plans is None or draws.audio.kept.device != images["audio"].device:
             draws = self.placed(draws, images, given)
-        assert draws.plans is not None
         batch, sides = images["audio"].shape[0], draws.sides()
         for name, rows in draws.rows().items():
             check_given(name, sides[name], rows, batch, given[name])
@@ -312,8 +300,8 @@ class MAViL(nn.Module):
         weights |= {f"intra_modal_{name}": self.intra_weight for name in NAMES}
         predicted: dict[str, Tensor] = {}
         if self.audio.decoder is not None:
-            fused = self.fusion(tokens["audio"][:batch], tokens["visual"][:batch], draws.plans["fusion"])
-            features = {} if self.teacher is None else self.teacher.features(images, draws.plans)
+            fused = self.fusion(tokens["audio"][:batch], tokens["visual"][:batch], draws.plan("fusion"))
+            features = {} if self.teacher is None else self.teacher.features(images, draws)
             for name, branch in self.branches.items():
                 side = sides[name]
                 predicted[name] = branch.decode(fused[name], images[name], side, draws.noise)
@@ -348,19 +336,6 @@ class MAViL(nn.Module):
 
     # Features and figures.
 
-    def tokens(self, name: str, image: Tensor, plan: AttentionPlan | None = None, normed: bool = True) -> Tensor:
-        """``(B, 1 + N, D)`` encoder tokens of all patches of a modality behind its class token."""
-        branch = self.branches[name]
-        plan = whole_plan(image.shape[0], 1 + branch.num_patches, image.device) if plan is None else plan
-        return branch.encode(image, plan, normed=normed)
-
-    def fused(self, tokens: Mapping[str, Tensor], plan: AttentionPlan | None = None) -> dict[str, Tensor]:
-        """Fused tokens of all patches, see :class:`~avfast.models.branch.Fusion`."""
-        audio, visual = (tokens[name] for name in NAMES)
-        if plan is None:
-            plan = whole_plan(len(audio), audio.shape[1] + visual.shape[1], audio.device)
-        return self.fusion(audio, visual, plan)
-
     def encode(self, audio: Tensor | None = None, visual: Tensor | None = None) -> Features:
         """Features of the patches after the final norms, without masking.
 
@@ -374,8 +349,8 @@ class MAViL(nn.Module):
         """
         inputs = {"audio": audio, "visual": visual}
         images = self.images(audio, visual)
-        tokens = {name: self.tokens(name, images[name]) for name, x in inputs.items() if x is not None}
-        fused = torch.cat([x[:, 1:] for x in self.fused(tokens).values()], 1) if len(tokens) == 2 else None
+        tokens = {name: self.branches[name].encode(images[name]) for name, x in inputs.items() if x is not None}
+        fused = torch.cat([x[:, 1:] for x in self.fusion(**tokens).values()], 1) if len(tokens) == 2 else None
         alone = {name: tokens[name][:, 1:] if name in tokens else None for name in NAMES}
         return Features(alone["audio"], alone["visual"], fused)
 
@@ -397,22 +372,16 @@ class MAViL(nn.Module):
         if head not in self.heads:
             raise RuntimeError(f"this model has no {head} classification head; build it with num_classes and heads")
         images = self.images(audio, visual)
-        tokens = {name: self.tokens(name, images[name], normed=len(inputs) == 2) for name in inputs}
+        tokens = {name: self.branches[name].encode(images[name], normed=len(inputs) == 2) for name in inputs}
         if len(inputs) == 2:
-            tokens = self.fused(tokens)
+            tokens = self.fusion(**tokens)
         return self.heads[head](torch.cat([x[:, 1:].mean(1) for x in tokens.values()], 1))
 
     def figures(self, inputs: dict[str, Tensor], draws: ViewDraws, output: Output) -> Figures:
         """The reconstruction, of a video its middle frame; with diffusion the noised input; none in stage 2."""
-        if not output.reconstruction:
-            return Figures()
         images = self.images(inputs.get("audio"), inputs.get("visual"))
         draws = draws.to(images["audio"].device)
-        shown, masked = {}, {}
-        for name, branch in self.branches.items():
-            predicted = output.reconstruction[name]
-            shown[name], masked[name] = branch.shown(images[name], predicted, draws.sides()[name], draws.noise)
-        return Figures(Reconstruction(shown["audio"], shown["visual"], masked))
+        return reconstructions(self.branches, images, draws.sides(), draws.noise, output.reconstruction)
 
     # Training machinery.
 

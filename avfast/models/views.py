@@ -15,7 +15,6 @@ from avfast.models.contract import Draws
 from avfast.models.patched import shared_plan
 from avfast.ops import AttentionPlan
 from avfast.random import DrawKey
-from avfast.tensors import untraced
 
 if TYPE_CHECKING:
     from avfast.models.branch import Branch
@@ -113,6 +112,11 @@ class ViewDraws(Draws):
             lengths |= {"whole audio": audio, "whole visual": visual, "whole fusion": audio + visual}
         plans = {name: shared_plan((length,) * batch, device) for name, length in lengths.items()}
         return replace(moved, audio=moved.audio.planned(device), visual=moved.visual.planned(device), plans=plans)
+
+    def plan(self, name: str) -> AttentionPlan:
+        """One of ``plans``."""
+        assert self.plans is not None
+        return self.plans[name]
 
     def sides(self) -> dict[str, BranchDraws]:
         """By modality."""
@@ -241,9 +245,3 @@ def counted(ids: Tensor, rows: Tensor | None) -> Tensor:
         return ids
     there = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device).index_fill(0, rows, True)
     return torch.where(there[:, None], ids, -1)
-
-
-@untraced
-def whole_plan(count: int, length: int, device: torch.device) -> AttentionPlan:
-    """Of so many equally long sequences."""
-    return shared_plan((length,) * count, device)
