@@ -211,6 +211,8 @@ def test_settings_come_from_the_checkpoint_and_what_does_not_fit_is_listed():
         AudioMAE.from_released({**state, "blocks.0.ls1": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"1 missing keys: audio.blocks.1.attn.qkv.bias"):
         AudioMAE.from_released({k: v for k, v in state.items() if k != "blocks.1.attn.qkv.bias"})
+    with pytest.raises(ValueError, match="have 128 mel bins"):
+        AudioMAE.from_released(state, audio_size=(256, 64))
     with pytest.raises(ValueError, match="no AudioMAE checkpoint"):
         AudioMAE.from_released({"encoder.weight": torch.zeros(1)})
     fine_tuned = {k: v for k, v in state.items() if not k.startswith(("decoder", "mask", "norm."))}

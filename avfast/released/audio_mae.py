@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from avfast.checkpoints import (
 )
 
 Model = TypeVar("Model", bound=nn.Module)
+MELS = 128
+"""Mel bins of the released models' spectrograms."""
 BLOCK = r"(\d+\.(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])\.(?:weight|bias))"
 ENCODER: list[Rule] = [
     (r"(cls_token|pos_embed)", r"\1"),
@@ -64,7 +66,7 @@ def convert(state: Mapping[str, Tensor], **overrides: Any) -> tuple[dict[str, An
     """Settings and weights for :class:`avfast.AudioMAE` from a released checkpoint, pre-trained or fine-tuned."""
     weights = branch(state)
     settings = branch_settings(weights) | {
-        "audio_size": spectrogram_size(weights),
+        "audio_size": spectrogram_size(weights, overrides.get("audio_size")),
         "final_norm": "norm.weight" in weights,
     }
     settings["decoder"] = "local" if is_local(weights) else "global"
@@ -91,14 +93,20 @@ def branch_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return settings
 
 
-def spectrogram_size(weights: Mapping[str, Tensor], mels: int = 128) -> tuple[int, int]:
-    """(frames, mel bins) of a position table with a class token in front; a state dict does not tell the mel bins."""
+def spectrogram_size(weights: Mapping[str, Tensor], wanted: Sequence[int] | None = None) -> tuple[int, int]:
+    """(frames, mel bins) of a position table with a class token in front, whose length alone does not tell mel bins.
+
+    Raises:
+        ValueError: where they do not fill a grid, or where the mel bins ``wanted`` are others.
+    """
     if "pos_embed" not in weights:
         raise ValueError("the checkpoint lacks pos_embed")
+    if wanted is not None and wanted[1] != MELS:
+        raise ValueError(f"the checkpoint's spectrograms have {MELS} mel bins, got audio_size={tuple(wanted)}")
     patch, count = weights["patch_embed.proj.weight"].shape[-1], weights["pos_embed"].shape[1] - 1
-    if count < 1 or count % (mels // patch):
-        raise ValueError(f"pos_embed holds {count} positions, which fill no grid of {mels} mel bins")
-    return count // (mels // patch) * patch, mels
+    if count < 1 or count % (MELS // patch):
+        raise ValueError(f"pos_embed holds {count} positions, which fill no grid of {MELS} mel bins")
+    return count // (MELS // patch) * patch, MELS
 
 
 def cut(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -43,7 +43,7 @@ def convert(state: Mapping[str, Tensor], **overrides: Any) -> tuple[dict[str, An
         raise ValueError(f"pos_embed_v holds {count} positions, which fill no grid of frames of {size} pixels")
     heads = {key.split(".")[1]: value.shape[0] for key, value in weights.items() if key.endswith(".1.weight")}
     settings = branch_settings(audio) | {
-        "audio_size": spectrogram_size(audio),
+        "audio_size": spectrogram_size(audio, overrides.get("audio_size")),
         "img_size": size,
         "num_frames": times * tubelet,
         "tubelet_size": tubelet,
