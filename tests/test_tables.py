@@ -7,6 +7,7 @@ import torch
 
 from avfast import create_model
 from avfast.data.clips import Batch
+from avfast.data.spec import video
 from avfast.train.__main__ import resolve
 from avfast.train.config import Config, SettingError
 from avfast.train.recipes import RECIPES, demo
@@ -23,7 +24,11 @@ TWINS = {
     "avsep_large": "avsep_tiny",
     "cav_mae_base": "cav_mae_tiny",
     "deepavfusion_base": "deepavfusion_tiny",
+    "audio_mae_base": "audio_mae_tiny",
+    "mavil_base": "mavil_tiny",
+    "diffmavil_base": "diffmavil_tiny",
 }
+MAVIL_CONTRASTS = {"inter_modal", "intra_modal_audio", "intra_modal_visual"}
 
 
 def name(row: Row) -> str:
@@ -80,14 +85,15 @@ def test_rows_are_not_given_twice():
 
 
 def random_batch(model: torch.nn.Module, clips: int) -> Batch:
-    everywhere = torch.ones(clips, dtype=torch.bool)
-    samples = int(model.frontend.seconds * 16000)
+    everywhere, spec = torch.ones(clips, dtype=torch.bool), model.frontend.spec
+    samples = int(spec.seconds * spec.sample_rate)
+    shape = (clips, spec.num_frames, 3, spec.image_size, spec.image_size)
     return Batch(
         waveform=torch.randn(clips, samples),
         num_samples=torch.full((clips,), samples),
-        frames=torch.randint(0, 256, (clips, 1, 3, model.img_size, model.img_size), dtype=torch.uint8),
+        frames=torch.randint(0, 256, shape, dtype=torch.uint8),
         has_audio=everywhere,
-        has_visual=everywhere,
+        has_visual=everywhere if spec.num_frames else ~everywhere,
         labels=None,
         index=torch.arange(clips),
         positions=tuple(range(clips)),
@@ -105,9 +111,11 @@ def test_one_step_of_every_kind_of_row(config):
     found = Trainer(model, config, torch.device("cpu")).step([random_batch(model, 6)], config.lr)
     losses = {name: value for name, value in found.items() if not name.startswith(METRICS)}
     expected = {"loss"}
-    expected |= {"contrastive"} if model.contrasts else set()
+    if model.contrasts:
+        expected |= MAVIL_CONTRASTS if "mavil" in config.model else {"contrastive"}
     reconstructs = config.model_args.get("reconstruction_weight", 1)
     expected |= {"reconstruction_audio", "reconstruction_visual"} if reconstructs else set()
+    expected -= {"reconstruction_visual"} if model.frontend.frames is None else set()
     assert set(losses) == expected and all(math.isfinite(loss) and loss > 0 for loss in losses.values())
     still = {k for k, v in model.named_parameters() if k in before and torch.equal(v, before[k])}
     idle = ("decoder.", "fusion.") if not reconstructs else ()
@@ -116,8 +124,9 @@ def test_one_step_of_every_kind_of_row(config):
 
 def test_distinct_rows_have_distinct_steps():
     """AVSiam: multi-ratio, three fixed ratios, contrastive only, separate encoders, released; CAV-MAE: three kinds;
-    DeepAVFusion: full, token fusion, dense, four numbers of layers, six of tokens."""
-    assert len(distinct()) == 10 + 13
+    DeepAVFusion: full, token fusion, dense, four numbers of layers, six of tokens; MAViL with either decoder; DiffMAViL
+    with either, and with the curriculum; AudioMAE with and without diffusion."""
+    assert len(distinct()) == 10 + 13 + 2 + 3 + 2
 
 
 # Supplement of AVSiam, Tables 4-6, pre-training column: batch per GPU and GPUs; the rest is common to the three.
@@ -201,6 +210,37 @@ def test_deepavfusions_released_recipes_are_the_released_settings():
         hidden = block.mlp.fc1.out_features / 768, block.attn.q.out_features / 768
         assert (hidden[1], hidden[0]) == ratios and sorted(model.fusion_blocks) == sorted(map(str, range(12)))
         assert model.extra_repr().startswith("fusion_arch='factorized'")
+
+
+@pytest.mark.parametrize(
+    "name", ["mavil_pretrain", "diffmavil_pretrain", "audiomae_pretrain", "audiomae_diffusion_pretrain"]
+)
+def test_mavils_recipes_are_table_4(name):
+    config = RECIPES[name]()
+    assert (config.recipe, config.optimizer, config.betas, config.weight_decay) == (name, "adamw", (0.9, 0.95), 1e-5)
+    assert (config.lr, config.lr_batch, config.min_lr, config.schedule) == (4e-4, None, 1e-6, "cosine")
+    assert (config.warmup_epochs, config.epochs, config.batch_size * 256, config.paper_batch) == (8, 60, 2048, 2048)
+    assert config.accumulate == 1 and config.clip_grad is None and config.weights_csv == ()
+    with torch.device("meta"):
+        frontend = create_model(config.model, **config.model_args).frontend
+    assert (frontend.mean, frontend.std, frontend.deviations, frontend.num_frames) == (-4.268, 4.569, 2, 1024)
+    assert frontend.roll and not (frontend.magnitude or frontend.noise or frontend.time_shift)  # "R"
+    if "mavil" in name:
+        assert frontend.spec.frames == video(16, 4.0)
+
+
+def test_the_rows_of_table_2_are_steps_to_the_recipe():
+    """Which also holds at the ends: the curriculum from 90 % to 80 %, which doubles the first batch."""
+    found = {row.label: given(row) for row in ROWS if row.table == "diffmavil-2"}
+    arguments = {label: config.model_args for label, config in found.items()}
+    assert arguments["R1"] == {"decoder_attention": "self", "mask_ratio": 0.8}
+    assert arguments["R2"] == {"mask_ratio": 0.8} and arguments["R3"] == arguments["R4"] == {"mask_ratio": [0.9, 0.8]}
+    assert [found[f"R{i}"].adaptive_batch for i in range(1, 5)] == [False, False, False, True]
+    recipe = RECIPES["diffmavil_pretrain"]()
+    assert arguments["R4"] == recipe.model_args and recipe.adaptive_batch
+    with torch.device("meta"):
+        visible = create_model(recipe.model, **recipe.model_args).visible
+    assert visible(1.0) / visible(0.0) == pytest.approx(2, rel=0.01)
 
 
 def test_listing(capsys):
