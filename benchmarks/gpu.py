@@ -274,6 +274,7 @@ def models(run: Round) -> list[Job]:
             "local_attention": "--cases tiny --dtypes float32 --variants avfast,windows_sdpa",
             "avsiam": "--cases tiny --depth 1 --variants avfast,padded",
             "deepavfusion": "--cases none --size tiny --tokens masked",
+            "mavil": "--cases MAViL,R4 --size tiny --clips 4 --depth 1",
         }
         options = {name: f"{text} --quick --bare --rounds 3 {CPU}" for name, text in options.items()}
     else:
@@ -285,6 +286,7 @@ def models(run: Round) -> list[Job]:
             "local_attention": "--quick --graph --cases 64x8-shifted --dtypes bfloat16",
             "avsiam": "--quick --cases full-0-50",
             "deepavfusion": "--quick --tokens masked",
+            "mavil": "--quick --cases MAViL,R1,R4",
         }
     return [Job(f"python benchmarks/{name}.py {text}", run.rows(name)) for name, text in options.items()]
 
@@ -295,7 +297,7 @@ PARTS = (
     Part("tests", 140, 70, tests, parallel=True),
     Part("kernels", 100, 45, kernels),
     Part("step", 140, 40, step),
-    Part("models", 80, 25, models),
+    Part("models", 95, 30, models),
 )
 
 
