@@ -13,11 +13,13 @@ from avfast.data.spec import clips, video
 from avfast.distributed import all_sum, world_size
 from avfast.models.contract import Draws, Features, Figures, Output, Reconstruction
 from avfast.models.registry import PRESETS
+from avfast.nn import patchify, unpatchify
 from avfast.ops import info_nce, masked_patch_mse
 from avfast.random import DrawKey
 from avfast.train import Config
 
 SIZE, MELS, FRAMES = 16, 32, 32
+TUBE = (2, 8, 8)
 
 
 class Own(nn.Module):
@@ -97,7 +99,8 @@ class Listener(Own):
         draws = self.draw(len(audio)) if draws is None else draws
         patches = cut(audio)
         guess = self.head(self.tokens(patches, draws.mask))
-        loss = masked_patch_mse(guess, patches, draws.mask & draws.there[:, None])
+        ids = torch.where(draws.mask & draws.there[:, None], torch.arange(len(self.positions), device=audio.device), -1)
+        loss = masked_patch_mse(guess, audio, ids, patch=8)
         return Output(loss, {"reconstruction_audio": loss}, reconstruction={"audio": guess})
 
     def encode(self, audio):
@@ -153,7 +156,7 @@ class Watcher(Own):
 
     def forward(self, visual, draws=None):
         draws = self.draw(len(visual)) if draws is None else draws
-        tubes = tubed(visual)
+        tubes = patchify(visual, TUBE)
         terms, means, guesses = [], [], []
         for keep in draws.keep.unbind(1):
             at = keep[..., None]
@@ -162,39 +165,27 @@ class Watcher(Own):
             whole = self.token.expand(*tubes.shape[:2], -1).scatter(1, at.expand_as(seen), seen)
             guesses.append(self.head(self.decoder(whole + self.positions)))
             masked = torch.ones(tubes.shape[:2], dtype=torch.bool, device=keep.device).scatter(1, keep, False)
-            terms.append(masked_patch_mse(guesses[-1], tubes, masked & draws.there[:, None]))
+            ids = torch.where(masked & draws.there[:, None], torch.arange(8, device=keep.device), -1)
+            terms.append(masked_patch_mse(guesses[-1], visual, ids, patch=TUBE))
         found = info_nce(*means)
         losses = {"intra_modal_visual": found.loss, "reconstruction_visual": terms[0] + terms[1]}
         loss = 0.1 * found.loss + losses["reconstruction_visual"]
         return Output(loss, losses, {"intra_modal_accuracy": found.accuracy}, {"visual": guesses[0]})
 
     def encode(self, visual):
-        return Features(None, self.encoder(self.embed(tubed(visual)) + self.positions), None)
+        return Features(None, self.encoder(self.embed(patchify(visual, TUBE)) + self.positions), None)
 
     def figures(self, inputs, draws, output):
         masked = torch.ones(len(draws.keep), 8, dtype=torch.bool).scatter(1, draws.keep[:, 0].cpu(), False)
-        tubes, guess, at = tubed(inputs["visual"]).cpu(), output.reconstruction["visual"].cpu(), masked[..., None]
+        tubes, guess, at = (
+            patchify(inputs["visual"], TUBE).cpu(),
+            output.reconstruction["visual"].cpu(),
+            masked[..., None],
+        )
         rows = (tubes, tubes.masked_fill(at, torch.nan), tubes.where(~at, guess))
-        shown = dict(zip(("input", "masked", "reconstruction"), map(middle, rows), strict=True))
+        middles = [unpatchify(x, (2, 2, 2), TUBE)[:, :, 2] for x in rows]
+        shown = dict(zip(("input", "masked", "reconstruction"), middles, strict=True))
         return Figures(Reconstruction({}, shown, {"visual": masked.float().mean(1)}))
-
-
-def tubed(visual):
-    """(B, 3, 4, 16, 16) as (B, 8, 3 * 2 * 8 * 8)."""
-    return (
-        visual.unflatten(4, (2, 8))
-        .unflatten(3, (2, 8))
-        .unflatten(2, (2, 2))
-        .movedim((2, 4, 6), (1, 2, 3))
-        .flatten(1, 3)
-        .flatten(2)
-    )
-
-
-def middle(tubes):
-    """The third of four frames, (B, 3, 16, 16)."""
-    x = tubes.view(-1, 2, 2, 2, 3, 2, 8, 8)[:, 1, :, :, :, 0]
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 16, 16)
 
 
 # A sequence of clips with their audio, two small CNNs: pairs of clips are told apart, and matched within a sequence.

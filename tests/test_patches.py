@@ -190,7 +190,7 @@ def test_a_video_autoencoder_of_these_parts_equals_its_dense_computation():
     assert_close("masked patches alone", model(video, kept, read), want.flatten(0, 1)[rows], 1e-12)
     picture = unpatchify(got, model.patch_embed.grid_size, PATCH)
     assert_close("as a video", naive_patches(picture, PATCH), want, 1e-12)
-    loss = masked_patch_mse(got, patchify(video, PATCH), kept.masked(count), norm_pix=False)
+    loss = masked_patch_mse(got, video, torch.where(kept.masked(count), torch.arange(count), -1), patch=PATCH)
     target = naive_patches(video, PATCH)
     exact = (want - target).square().mean(-1)[kept.masked(count)].mean()
     trained = [x for x in model.parameters() if x.requires_grad]
