@@ -52,7 +52,7 @@ class Case:
 
 
 def all_cases(batch: int) -> dict[str, Case]:
-    """What masking 0.8 leaves to noise of 16 frames of 224 x 224, and of 10 s of sound."""
+    """What masking 0.8 leaves to noise of 16 frames of 224 x 224, and of 10 s of audio."""
     cases = [
         Case(f"video-1254-b{batch}", batch, (3, 16, 224, 224), (2, 16, 16), 1254),
         Case(f"audio-410-b{batch}", batch, (1024, 128), (16, 16), 410),

@@ -80,7 +80,7 @@ def test_what_is_not_read_changes_nothing():
     want = decode(stack, norm, x, [m[:1] for m in masked], visible)
     x[0, masked[0][1:]] = 7.0
     assert torch.equal(decode(stack, norm, x, [m[:1] for m in masked], visible), want)
-    with pytest.raises(ValueError, match="needs the places of the kept tokens and the masked rows"):
+    with pytest.raises(ValueError, match="needs the rows of the kept tokens and the masked rows"):
         stack(x.flatten(0, 1), AttentionPlan.from_lengths([9] * 3), None, None, norm, False)
 
 

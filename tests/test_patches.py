@@ -209,8 +209,8 @@ def test_given_tokens_stand_in_place_of_mask_tokens():
 class CrossBlocks(SelfBlocks):
     """A stack of another kind: masked tokens read the kept ones, which stay as they are, and not each other."""
 
-    def forward(self, x, plan, places, read, norm, recompute):
-        masked, seen = take_rows(x, read.token_rows), take_rows(x, places)
+    def forward(self, x, plan, scatter_index, read, norm, recompute):
+        masked, seen = take_rows(x, read.token_rows), take_rows(x, scatter_index)
         for block in self:
             masked = masked + block.attn.attend(block.norm1(masked), seen, read.plan)
             masked = masked + block.mlp(block.norm2(masked))
@@ -224,7 +224,7 @@ class MixedInTime(SelfBlocks):
         super().__init__(*args)
         self.grid = grid
 
-    def forward(self, x, plan, places, read, norm, recompute):
+    def forward(self, x, plan, scatter_index, read, norm, recompute):
         x = x.unflatten(0, (-1, *self.grid)).mean(1, keepdim=True).expand(-1, self.grid[0], -1, -1, -1)
         return norm(x.flatten(0, 3))
 

@@ -296,6 +296,7 @@ def test_an_ast_checkpoint_starts_the_model(tmp_path):
         ({"model_args": settings | {"depth": 3}}, "--init_ast .*ast.pth: the checkpoint does not fit the model"),
         ({"model": "cav_mae_tiny"}, "--init_ast .*: cav_mae_tiny does not start from a Vision Transformer; use none"),
         ({"init_ast": None, "init_audio": "x.pth"}, "--init_audio x.pth: avsiam_tiny does not start from an AudioMAE"),
+        ({"init_ast": None, "init_video": "x.pth"}, "--init_video x.pth: avsiam_tiny does not start from a mae_st"),
     ):
         with pytest.raises(SettingError, match=says):
             build_model(replace(config, **changes))

@@ -253,7 +253,7 @@ class KaldiFrontend(Frontend):
 
 
 class AudioMAEFrontend(KaldiFrontend):
-    """Filter banks over two standard deviations and no pictures, as AudioMAE takes them.
+    """Filter banks over two standard deviations and no frames, as AudioMAE takes them.
 
     The input is ``(x - mean) / (2 std)``, so that data of that deviation have the variance 1/4. Where a model adds
     noise of variance 1, as DiffMAViL does, the factor sets the signal-to-noise ratio: a quarter of that of frames,

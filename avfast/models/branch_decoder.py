@@ -109,14 +109,14 @@ class BranchDecoder(Decoder):
             ids = torch.cat([kept, masked], 1)
             x = torch.cat([embedded[:, 1:], cast(Tensor, given)], 1) + where[ids]
             rows = torch.arange(ids.shape[1], device=ids.device) + first * ids.shape[1]
-            places, wanted = rows[:, : kept.shape[1]].flatten(), rows[:, kept.shape[1] :].flatten()
+            scatter_index, wanted = rows[:, : kept.shape[1]].flatten(), rows[:, kept.shape[1] :].flatten()
         else:
-            places, entries = ((ids + first * self.num_patches).flatten() for ids in (kept, masked))
+            scatter_index, entries = ((ids + first * self.num_patches).flatten() for ids in (kept, masked))
             stand_in = None if given is None else (given.flatten(0, 1), entries)
-            x = self.whole(embedded[:, 1:].flatten(0, 1), places, (batch, self.num_patches), stand_in) + where
+            x = self.whole(embedded[:, 1:].flatten(0, 1), scatter_index, (batch, self.num_patches), stand_in) + where
             if self.front:
                 own = embedded[:, :1] if self.cls_token is None else self.cls_token.to(x.dtype).expand(batch, -1, -1)
                 x = torch.cat([own, x], 1)
             wanted = (masked + self.front + first * x.shape[1]).flatten()
-        x = self.run(x, draws.plan("decoder"), places, None if whole else Read(wanted, draws.plan("read")))
+        x = self.run(x, draws.plan("decoder"), scatter_index, None if whole else Read(wanted, draws.plan("read")))
         return self.pred(x[:, self.front :] if whole else x.unflatten(0, masked.shape))

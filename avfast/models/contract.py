@@ -31,8 +31,8 @@ class Output:
         losses: unweighted scalars by name: ``contrastive``, ``reconstruction_audio``, ``reconstruction_visual``, ...
         metrics: further scalars without gradient, such as ``contrastive_accuracy``, the share of best matches that are
             the own pair.
-        reconstruction: predicted patches by modality, ``(B, N, P)``, of a model in evaluation mode; empty without that
-            objective, and in training, where only those that the loss reads are predicted.
+        reconstruction: predicted patches by modality, all ``(B, N, P)`` or the masked ones ``(B, M, P)``, of a model in
+            evaluation mode; empty without that objective, and in training.
     """
 
     loss: Tensor

@@ -304,11 +304,11 @@ class DeepAVFusion(nn.Module):
         # in training the loss alone reads the predictions, and of the masked patches alone
         alone = self.training and "read_audio" in plans and "read_visual" in plans
         for name, kept, count, _ in draws.sides():
-            places, read = kept.packed_flat(count), None
+            scatter_index, read = kept.packed_flat(count), None
             if alone:
-                rows, entries[name] = draws.masked(places, count)
+                rows, entries[name] = draws.masked(scatter_index, count)
                 read = Read(rows, plans[f"read_{name}"])
-            seen = (None, None) if visible[name] is None else (visible[name], places)
+            seen = (None, None) if visible[name] is None else (visible[name], scatter_index)
             patches = self.decoders[name](*seen, plans[name], read, further=tokens)
             predicted[name] = patches if alone else draws.batch_order(patches)
         losses = patched.reconstruction_losses(predicted, entries, images, self.parts, draws, self.normalised)

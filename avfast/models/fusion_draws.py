@@ -93,18 +93,18 @@ class FusionDraws(KeptDraws):
                 plans[f"read_{name}"] = shared_plan(masked, device, whole)
         return replace(super().to(device), tokens=tokens, plans=plans)
 
-    def masked(self, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def masked(self, scatter_index: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The patches of one modality that were not kept.
 
         Args:
-            places: of those that were among the patches of all instances, see :meth:`Kept.packed_flat`.
+            scatter_index: of those that were among the patches of all instances, see :meth:`Kept.packed_flat`.
             count: patches of an instance.
 
         Returns:
             Their rows ``(M,)`` among the fusion tokens and patches of all instances in that order, and which entries of
             the flattened ``(B, count)`` patches in batch order they are.
         """
-        rows = other_rows(places, self.instances.shape[0] * count)
+        rows = other_rows(scatter_index, self.instances.shape[0] * count)
         place = rows // count
         return rows + (place + 1) * self.context, self.instances[place] * count + rows % count
 

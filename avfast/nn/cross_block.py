@@ -97,22 +97,22 @@ class CrossBlocks(nn.ModuleList):
         self,
         x: Tensor,
         plan: AttentionPlan,
-        places: Tensor | None,
+        scatter_index: Tensor | None,
         read: Read | None,
         norm: Norm,
         recompute: bool,
     ) -> Tensor:
         """All blocks and the final norm, see :meth:`avfast.nn.SelfBlocks.forward`.
 
-        Both ``places`` and ``read`` must be given, with the instances in the same order. ``read`` names masked tokens,
-        all or some of them; its plan has their lengths as queries' and those of the kept tokens as keys'.
+        Both ``scatter_index`` and ``read`` must be given, with the instances in the same order. ``read`` names masked
+        tokens, all or some of them; its plan has their lengths as queries' and those of the kept tokens as keys'.
 
         Returns:
             ``(M, d)`` of the tokens that are read.
         """
-        if places is None or read is None:
-            raise ValueError("a cross decoder needs the places of the kept tokens and the masked rows to read")
-        context = take_rows(x, places)
+        if scatter_index is None or read is None:
+            raise ValueError("a cross decoder needs the rows of the kept tokens and the masked rows to read")
+        context = take_rows(x, scatter_index)
         pair: tuple[Tensor, Tensor | None] = (take_rows(x, read.token_rows), None)
         for block in self:
             if recompute and torch.is_grad_enabled():

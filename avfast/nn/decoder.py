@@ -44,7 +44,7 @@ class SelfBlocks(nn.ModuleList):
         self,
         x: Tensor,
         plan: AttentionPlan,
-        places: Tensor | None,
+        scatter_index: Tensor | None,
         read: Read | None,
         norm: Norm,
         recompute: bool,
@@ -54,7 +54,7 @@ class SelfBlocks(nn.ModuleList):
         Args:
             x: ``(B * n, d)``, every instance's tokens with their positions.
             plan: of B sequences of n tokens.
-            places: ``(T,)`` int64 rows of the kept patches, which a stack may treat unlike the others; None for none.
+            scatter_index: ``(T,)`` int64 rows of the kept patches, which a stack may treat apart; None for none.
             read: the M rows whose output is wanted; default all.
             norm: the final one.
             recompute: keep one tensor per block for the backward and compute the rest again.
@@ -86,13 +86,13 @@ class Decoder(nn.Module):
         self.grad_checkpointing = False
 
     def whole(
-        self, embedded: Tensor, places: Tensor | None, shape: tuple[int, int], masked: Masked | None = None
+        self, embedded: Tensor, scatter_index: Tensor | None, shape: tuple[int, int], masked: Masked | None = None
     ) -> Tensor:
         """All patches of all instances.
 
         Args:
             embedded: ``(T, d)`` of the kept ones.
-            places: ``(T,)`` int64 entry of each in the flattened (B, N) patches; None if there are none.
+            scatter_index: ``(T,)`` int64 entry of each in the flattened (B, N) patches; None if there are none.
             shape: (B, N).
             masked: tokens that are put in place of mask tokens.
 
@@ -103,14 +103,14 @@ class Decoder(nn.Module):
             x = embedded.new_zeros(*shape, embedded.shape[1])
         else:
             x = self.mask_token.to(embedded.dtype).expand(*shape, -1)
-        for tokens, entries in ((embedded, places), masked or (embedded, None)):
+        for tokens, entries in ((embedded, scatter_index), masked or (embedded, None)):
             if entries is not None:
                 x = x.flatten(0, 1).index_copy(0, entries, tokens.to(x.dtype)).unflatten(0, shape)
         return x
 
-    def run(self, x: Tensor, plan: AttentionPlan, places: Tensor | None, read: Read | None) -> Tensor:
+    def run(self, x: Tensor, plan: AttentionPlan, scatter_index: Tensor | None, read: Read | None) -> Tensor:
         """``(B, n, d)`` through stack and final norm, to ``(B, n, d)``, or ``(M, d)`` of the rows that are read."""
-        out = self.blocks(x.flatten(0, 1), plan, places, read, self.norm, self.grad_checkpointing)
+        out = self.blocks(x.flatten(0, 1), plan, scatter_index, read, self.norm, self.grad_checkpointing)
         return out.unflatten(0, x.shape[:2]) if read is None else out
 
 
@@ -156,7 +156,7 @@ class PatchDecoder(Decoder):
     def forward(
         self,
         tokens: Tensor | None,
-        places: Tensor | None,
+        scatter_index: Tensor | None,
         plan: AttentionPlan,
         read: Read | None = None,
         *,
@@ -167,7 +167,7 @@ class PatchDecoder(Decoder):
 
         Args:
             tokens: ``(T, D)`` of the kept patches; may be None where there are further ones.
-            places: ``(T,)`` int64 entry of each in the flattened (B, N) patches.
+            scatter_index: ``(T,)`` int64 entry of each in the flattened (B, N) patches.
             plan: B sequences of F + N tokens.
             read: the M tokens, rows of the flattened (B, F + N) ones, whose prediction is wanted; default all patches.
             masked: tokens that are put in place of mask tokens, such as embedded diffused patches.
@@ -181,10 +181,10 @@ class PatchDecoder(Decoder):
         embedded = self.embed(torch.cat(given) if len(given) > 1 else given[0])
         where = table(self.pos_embed)
         batch = len(plan)
-        x = self.whole(embedded[batch * front :], places, (batch, where.shape[1]), masked) + where
+        x = self.whole(embedded[batch * front :], scatter_index, (batch, where.shape[1]), masked) + where
         if front:
             x = torch.cat([embedded[: batch * front].unflatten(0, (batch, front)), x], 1)
-        x = self.run(x, plan, places, read)
+        x = self.run(x, plan, scatter_index, read)
         return self.pred(x if read is not None or not front else x[:, front:])
 
 
@@ -231,7 +231,7 @@ class JointDecoder(Decoder):
     def forward(
         self,
         tokens: Tensor,
-        places: Tensor,
+        scatter_index: Tensor,
         plan: AttentionPlan,
         read: Read | None = None,
         rows: tuple[Tensor, Tensor] | None = None,
@@ -240,7 +240,7 @@ class JointDecoder(Decoder):
 
         Args:
             tokens: ``(T, D)`` fused tokens of the kept patches of B instances.
-            places: ``(T,)`` int64 entry of each in the flattened (B, Na + Nv) patches, audio first.
+            scatter_index: ``(T,)`` int64 entry of each in the flattened (B, Na + Nv) patches, audio first.
             plan: of B sequences of Na + Nv patches.
             read: the patches whose prediction is wanted; default all.
             rows: which of these are audio, ``(Ma,)``, and which visual, ``(Mv,)``.
@@ -251,7 +251,12 @@ class JointDecoder(Decoder):
         """
         audio, visual = table(self.pos_embed_a), table(self.pos_embed_v)
         where = torch.cat([audio + self.modality_a, visual + self.modality_v], 1)
-        x = self.run(self.whole(self.embed(tokens), places, (len(plan), where.shape[1])) + where, plan, places, read)
+        x = self.run(
+            self.whole(self.embed(tokens), scatter_index, (len(plan), where.shape[1])) + where,
+            plan,
+            scatter_index,
+            read,
+        )
         if rows is not None:
             return self.pred_a(take_rows(x, rows[0])), self.pred_v(take_rows(x, rows[1]))
         return self.pred_a(x[:, : audio.shape[1]]), self.pred_v(x[:, audio.shape[1] :])

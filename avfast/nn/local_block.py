@@ -159,7 +159,7 @@ class LocalBlocks(nn.ModuleList):
         self,
         x: Tensor,
         plan: AttentionPlan,
-        places: Tensor | None,
+        scatter_index: Tensor | None,
         read: Read | None,
         norm: Norm,
         recompute: bool,

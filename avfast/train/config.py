@@ -80,7 +80,8 @@ class Config:
     )
     timm: str | None = free(None, "start from the weights of this timm Vision Transformer (timm downloads them)")
     init_ast: str | None = free(None, "start the encoder from this AST checkpoint file (in place of --timm)")
-    init_audio: str | None = free(None, "start the audio transformer from this AudioMAE checkpoint file")
+    init_audio: str | None = free(None, "start the audio encoder from this AudioMAE checkpoint file")
+    init_video: str | None = free(None, "start the video encoder from this mae_st checkpoint file")
     init_from: str | None = free(None, "start from the weights of this checkpoint folder (not its optimiser)")
 
     epochs: float = free(20.0, "passes over the training clips", low=0)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 # What the flags that name weights of elsewhere are to `Model.load_pretrained`.
-SOURCES = {"timm": "image", "init_ast": "spectrogram", "init_audio": "audio"}
+SOURCES = {"timm": "image", "init_ast": "spectrogram", "init_audio": "audio", "init_video": "video"}
+KINDS = {"init_audio": "an AudioMAE checkpoint", "init_video": "a mae_st checkpoint"}
 
 
 def seed_everything(config: Config) -> None:
@@ -121,7 +122,7 @@ def build_model(config: Config, fresh: bool = True) -> Model:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SettingError(f"--model {config.model}{given}: {reason}") from error
     if fresh:
-        for flag in ("timm", "init_ast", "init_audio"):
+        for flag in SOURCES:
             if getattr(config, flag):
                 start_from_file(model, config, flag)
     if config.init_from and fresh:
@@ -147,12 +148,12 @@ def whole_model(trainer: Trainer) -> Model:
 
 
 def start_from_file(model: Model, config: Config, flag: str) -> None:
-    """Takes an encoder's weights from elsewhere: ``timm``, ``init_ast`` or ``init_audio``."""
+    """Takes an encoder's weights from elsewhere: a flag of :data:`SOURCES`."""
     from avfast.released.vit import timm_vit
 
     given, source = getattr(config, flag), SOURCES[flag]
     if source not in model.sources:
-        kind = "an AudioMAE checkpoint" if flag == "init_audio" else "a Vision Transformer"
+        kind = KINDS.get(flag, "a Vision Transformer")
         raise SettingError(f"--{flag} {given}: {config.model} does not start from {kind}; use none")
     try:
         weights = given

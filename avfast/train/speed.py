@@ -21,7 +21,7 @@ MAKE_UPS = 8  # of a batch: so many are counted
 
 
 def backends(device: torch.device) -> str:
-    """Which implementation of the ops that have several runs on a device.
+    """Which implementation of the ops that have several runs on a device; some have native code as well.
 
     Raises:
         SettingError: the one that ``AVFAST_BACKEND`` names cannot run there.
@@ -30,22 +30,26 @@ def backends(device: torch.device) -> str:
         every, named = backend.which(device), backend.get_backend()
     except RuntimeError as error:
         raise SettingError(str(error)) from None
-    attention = named if named in backend.ATTENTION_LIBRARIES else every
-    return f"every op by {every}" if attention == every else f"packed_attention by {attention}, other ops by {every}"
+    if every == "reference" and named in ("auto", "native"):
+        every = "native or reference"  # native where csrc/ has the op and a compiler is there
+    if named in backend.ATTENTION_LIBRARIES:
+        return f"packed_attention by {named}, other ops by {every}"
+    return f"every op by {every}"
 
 
 @cache
 def matmul_rate(device: torch.device, dtype: torch.dtype | None) -> float:
-    """FLOP/s of one large square product in ``dtype`` (None: float32), measured once a process in well under a second.
+    """FLOP/s of one large square product in ``dtype`` (None: float32), measured once a process within a second.
 
-    The product is the smallest that takes 5 ms, of at most 8192 rows, and the best of three counts.
+    The product is the smallest that takes 5 ms, of 1024 to 8192 rows, and the best of five counts: a shorter one would
+    measure what else a CPU has to do.
     """
     generator = torch.Generator(device).manual_seed(0)  # the run's own generators stay as they are
-    rows = 256
+    rows = 1024
     while True:
         a = torch.randn(rows, rows, device=device, generator=generator).to(dtype or torch.float32)
         seconds = []
-        for _ in range(4):
+        for _ in range(6):
             began = time.perf_counter()
             _ = (a @ a)[0, 0].item()  # waits for the device
             seconds.append(time.perf_counter() - began)

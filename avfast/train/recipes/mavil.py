@@ -17,7 +17,7 @@ from avfast.train.recipes.row import Figures, Row
 def diffmavil_demo() -> Config:
     """A tiny DiffMAViL on the built-in clips, with curriculum and adaptive batch; a few minutes on two CPU cores.
 
-    Its 48 patches of sound and 32 of video hold less than the paper's 512 and 1568, so fewer are masked: from 80 % to
+    Its 48 patches of audio and 32 of video hold less than the paper's 512 and 1568, so fewer are masked: from 80 % to
     60 %, at which the first batch is twice the last one too. Contrast weighs more, which is what a short training of
     few clips learns to hear from.
     """
