@@ -173,6 +173,19 @@ def test_the_block_eager_equals_compiled_with_and_without_autocast(dtype):
         torch.autograd.grad(first.sum(), block.attn.tau)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="of the eager body")
+def test_autocast_rounds_the_input_alone():
+    """The bits of the call on rounded input, in the backward pass too when autocast is still on in it."""
+    qkv, bias, scale = (x.detach().float() for x in random_inputs(2, (8, 4), (4, 4), 2, 8))
+    inputs = [x.bfloat16().requires_grad_() for x in (qkv, qkv)]
+    want = local_attention(inputs[0], bias, scale, grid=(8, 4), shift=(2, 0))
+    want.square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(local_attention(qkv, bias, scale, grid=(8, 4), shift=(2, 0)), want)
+        local_attention(inputs[1], bias, scale, grid=(8, 4), shift=(2, 0)).square().sum().backward()
+    assert torch.equal(inputs[1].grad, inputs[0].grad)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="full size")
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.float64, 1e-8)])
 def test_the_block_gives_the_numbers_of_the_released_one(dtype, tol):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from avfast import backend
-from avfast.ops._shared import at_least_float32, autocast_dtype, register_autograd
+from avfast.ops._shared import at_least_float32, autocast_dtype, register_autograd, without_autocast
 
 LEAST_NORM = 1e-6
 APART = -100.0  # added to logits across the wrap
@@ -134,12 +134,8 @@ def _forward(qkv: Tensor, bias: Tensor, scale: Tensor, grid: list[int], window: 
         from avfast.kernels import local_attention as kernels
 
         return kernels.forward(qkv, bias, scale, grid, window, shift)
-    out = qkv.new_empty((*qkv.shape[:2], *qkv.shape[3:]))
-    for part in _samples(qkv):
-        q, k, v = _windows(qkv[part], grid, window, shift)
-        weights = _weights(q, k, bias, scale, grid, window, shift)[0]
-        out[part] = _tokens((weights @ v)[None], grid, window, shift, qkv.dtype)[:, :, 0]
-    return out
+    with without_autocast(qkv):
+        return _composed(qkv, bias, scale, grid, window, shift)
 
 
 @_forward.register_fake
@@ -156,6 +152,31 @@ def _backward(
         from avfast.kernels import local_attention as kernels
 
         return kernels.backward(grad, qkv, bias, scale, grid, window, shift)
+    with without_autocast(qkv):
+        return _composed_backward(grad, qkv, bias, scale, grid, window, shift)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, qkv: Tensor, bias: Tensor, scale: Tensor, grid: list[int], window: list[int], shift: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), torch.empty_like(bias), torch.empty_like(scale)
+
+
+def _composed(qkv: Tensor, bias: Tensor, scale: Tensor, grid: list[int], window: list[int], shift: list[int]) -> Tensor:
+    """The reference, outside autocast."""
+    out = qkv.new_empty((*qkv.shape[:2], *qkv.shape[3:]))
+    for part in _samples(qkv):
+        q, k, v = _windows(qkv[part], grid, window, shift)
+        weights = _weights(q, k, bias, scale, grid, window, shift)[0]
+        out[part] = _tokens((weights @ v)[None], grid, window, shift, qkv.dtype)[:, :, 0]
+    return out
+
+
+def _composed_backward(
+    grad: Tensor, qkv: Tensor, bias: Tensor, scale: Tensor, grid: list[int], window: list[int], shift: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference, outside autocast."""
     grad_qkv, grad_bias, grad_scale = qkv.new_empty(qkv.shape), torch.zeros_like(bias), torch.zeros_like(scale)
     for part in _samples(qkv):
         q, k, v = _windows(qkv[part], grid, window, shift)
@@ -179,13 +200,6 @@ def _backward(
             out[i].addcmul_(x, along, value=-1)
         grad_qkv[part] = _tokens(out, grid, window, shift, qkv.dtype)
     return grad_qkv, grad_bias, grad_scale
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor, qkv: Tensor, bias: Tensor, scale: Tensor, grid: list[int], window: list[int], shift: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), torch.empty_like(bias), torch.empty_like(scale)
 
 
 def _samples(qkv: Tensor) -> list[slice]:
