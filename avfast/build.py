@@ -4,9 +4,9 @@
 
 Nothing is compiled when avfast is installed. The first operator that wants compiled code builds it, in seconds, and
 every later process finds it in ``$AVFAST_CACHE/native`` (AVFAST_CACHE is ``~/.cache/avfast`` if unset); this command
-builds ahead, for example where the machines that train have no compiler. A library is named by everything it depends
-on: sources, options, compiler, torch, and the CPU's instruction sets or the GPU's architectures, so one folder may
-serve machines that differ. ``CXX`` and ``NVCC`` name other compilers than g++ and nvcc.
+builds ahead. A library is named by everything it depends on: sources, options, torch, the CPU's instruction sets or the
+GPU's architectures, and compiler, so one folder may serve machines that differ; one without a compiler takes what any
+compiler made for a machine like it. ``CXX`` and ``NVCC`` name other compilers than g++ and nvcc.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ OPTIONS = {
     "cuda": "-O3 -std=c++17 -shared -cudart static -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden".split(),
 }
 LIBRARIES = {"cpu": ("torch_cpu",), "cuda": ("torch_cpu", "torch_cuda")}
+COMPILERS = {"cpu": ("g++", "CXX"), "cuda": ("nvcc", "NVCC")}  # and what names another
 SUFFIX = {"cpu": "*.cpp", "cuda": "*.cu"}
 
 
@@ -65,25 +66,42 @@ def build(kind: str, architectures: Sequence[int] = ()) -> Path:
         architectures: for CUDA, such as 90; default those of the GPUs present.
 
     Raises:
-        BuildError: without a compiler, and where it fails.
+        BuildError: where it fails, and without a compiler and a library that one has made.
     """
     if kind == "cuda" and not architectures:
         architectures = _present()
-    compiler = _compiler(kind)
-    command = [compiler, *OPTIONS[kind], STABLE_ABI]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in sorted(architectures)]
-    folder = Path(os.environ.get("AVFAST_CACHE") or "~/.cache/avfast").expanduser() / "native"
-    path = folder / f"{kind}-{_key(kind, command)}.so"
-    if path.exists():
-        return path
+    options = [*OPTIONS[kind], STABLE_ABI]
+    options += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in sorted(architectures)]
+    name, compiler = f"{kind}-{_key(kind, options)}", _compiler(kind)
     try:
+        folder = Path(os.environ.get("AVFAST_CACHE") or "~/.cache/avfast").expanduser() / "native"
+        if compiler is None:
+            return _built_elsewhere(kind, folder, name)
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+        path = folder / f"{name}-{_hash(compiler, version)[:8]}.so"
+        if path.exists():
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{path.stem}.lock"):
             if not path.exists():  # another process may have built it meanwhile
-                _compile(kind, command, path)
-    except OSError as problem:
+                _compile(kind, [compiler, *options], path)
+    except BuildError:
+        raise
+    except (OSError, RuntimeError) as problem:  # the latter where there is no home directory
         raise BuildError(f"csrc/ was not compiled for {kind}: {problem}") from problem
     return path
+
+
+def _built_elsewhere(kind: str, folder: Path, name: str) -> Path:
+    """The newest library of this name, whatever compiler made it."""
+    found = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        program, variable = COMPILERS[kind]
+        raise BuildError(
+            f"csrc/ was not compiled for {kind}: there is no {os.environ.get(variable) or program} (install it, or "
+            f"name another compiler by {variable})"
+        )
+    return found[-1]
 
 
 def _compile(kind: str, command: list[str], path: Path) -> None:
@@ -91,35 +109,31 @@ def _compile(kind: str, command: list[str], path: Path) -> None:
     print(f"avfast: compiling {SOURCES} for {kind}, once", file=sys.stderr, flush=True)
     root = Path(torch.__file__).parent
     where = [f"-I{root / 'include'}", f"-L{root / 'lib'}", *(f"-l{name}" for name in LIBRARIES[kind])]
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
+    # In a folder of its own, so that the compiler creates the file, with the permissions that others may read.
+    with tempfile.TemporaryDirectory(dir=path.parent, suffix=".tmp") as folder:
+        made = str(Path(folder) / path.name)
         sources = [str(source) for source in sorted(SOURCES.glob(SUFFIX[kind]))]
-        run = subprocess.run([*command, *sources, *where, "-o", temporary], capture_output=True, text=True)
+        run = subprocess.run([*command, *sources, *where, "-o", made], capture_output=True, text=True)
         if run.returncode:
             said = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr.strip()[-200:])
             raise BuildError(f"csrc/ was not compiled for {kind}: {said}")
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        os.replace(made, path)
 
 
-def _compiler(kind: str) -> str:
-    name, variable = {"cpu": ("g++", "CXX"), "cuda": ("nvcc", "NVCC")}[kind]
-    found = shutil.which(os.environ.get(variable) or name)
-    if found is None:
-        raise BuildError(
-            f"csrc/ was not compiled for {kind}: there is no {os.environ.get(variable) or name} (install it, or name "
-            f"another compiler by {variable})"
-        )
-    return found
+def _compiler(kind: str) -> str | None:
+    """Where it is."""
+    program, variable = COMPILERS[kind]
+    return shutil.which(os.environ.get(variable) or program)
 
 
-def _key(kind: str, command: list[str]) -> str:
-    """Names what a library depends on."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
-    parts = [*command, version, torch.__version__, platform.machine(), _processor() if kind == "cpu" else ""]
-    parts += [source.name + source.read_text(encoding="utf-8") for source in sorted(SOURCES.iterdir())]
+def _key(kind: str, options: Sequence[str]) -> str:
+    """Names what a library depends on besides the compiler."""
+    parts = [*options, torch.__version__, platform.machine(), _processor() if kind == "cpu" else ""]
+    sources = sorted([*SOURCES.glob("*.h"), *SOURCES.glob(SUFFIX[kind])])
+    return _hash(*parts, *(source.name + source.read_text(encoding="utf-8") for source in sources))
+
+
+def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -26,9 +26,9 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compil
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """An empty cache, and no memory of what was loaded or failed."""
-    monkeypatch.setenv("AVFAST_CACHE", str(tmp_path))
+    monkeypatch.setenv("AVFAST_CACHE", str(tmp_path / "a cache"))
     build.load.cache_clear()
-    yield tmp_path / "native"
+    yield tmp_path / "a cache" / "native"
     build.load.cache_clear()
 
 
@@ -45,7 +45,7 @@ def fake_compiler(folder: Path, script: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("fault", ["no compiler", "an error", "no folder"])
+@pytest.mark.parametrize("fault", ["no compiler", "an error", "no folder", "no home"])
 def test_without_a_library_there_is_one_warning_and_the_eager_body(fresh, monkeypatch, tmp_path, fault):
     if fault == "no compiler":
         monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
@@ -53,11 +53,14 @@ def test_without_a_library_there_is_one_warning_and_the_eager_body(fresh, monkey
     elif fault == "an error":
         monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, "echo 'x.h:1: fatal error: no headers' >&2; exit 1")))
         message = "compiled for cpu: x.h:1: fatal error: no headers"
+    elif fault == "no home":
+        monkeypatch.setenv("AVFAST_CACHE", "~nobody-of-this-name/cache")
+        message = "compiled for cpu: Could not determine home directory"
     else:
         (tmp_path / "file").touch()
         monkeypatch.setenv("AVFAST_CACHE", str(tmp_path / "file"))
         message = "compiled for cpu: .*file"
-    if fault == "no folder" and COMPILER is None:
+    if fault in ("no folder", "no home") and COMPILER is None:
         pytest.skip("needs a C++ compiler")
     with pytest.warns(UserWarning, match=f"{message}.*: operators run without compiled code"):
         got = noised()
@@ -109,29 +112,50 @@ def test_when_compiled_code_runs(monkeypatch, device, triton, name, runs):
     assert asked == ([device] if runs else [])
 
 
-def test_a_library_is_named_by_what_it_depends_on(monkeypatch, tmp_path):
-    compiler = str(fake_compiler(tmp_path, ""))
+def test_a_library_is_named_by_what_it_depends_on(fresh, monkeypatch, tmp_path):
+    compiler = fake_compiler(tmp_path, 'for last; do :; done; echo > "$last"')
+    monkeypatch.setenv("CXX", str(compiler))
     sources = tmp_path / "csrc"
     sources.mkdir()
     (sources / "a.cpp").write_text("int a;")
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setattr(build, "_processor", lambda: "avx2")
-    names = [build._key("cpu", [compiler, "-O3"])]
-    assert build._key("cpu", [compiler, "-O3"]) == names[0]
-    names.append(build._key("cpu", [compiler, "-O2"]))
-    names.append(build._key("cuda", [compiler, "-O3"]))
+    names = [build.build("cpu")]
+    (sources / ".notes").write_bytes(b"\xff")  # what a file browser or an editor leaves there
+    (sources / "b.cu").write_text("int b;")
+    assert build.build("cpu") == names[0]
+    monkeypatch.setitem(build.OPTIONS, "cpu", ["-O2"])
+    names.append(build.build("cpu"))
     monkeypatch.setattr(build, "_processor", lambda: "avx2 avx512f")
-    assert build._key("cuda", [compiler, "-O3"]) == names[-1]
-    names.append(build._key("cpu", [compiler, "-O3"]))
+    names.append(build.build("cpu"))
     (sources / "a.cpp").write_text("int b;")
-    names.append(build._key("cpu", [compiler, "-O3"]))
+    names.append(build.build("cpu"))
+    (sources / "a.h").write_text("int c;")
+    names.append(build.build("cpu"))
     monkeypatch.setattr(torch, "__version__", "9.9")
-    names.append(build._key("cpu", [compiler, "-O3"]))
-    Path(compiler).write_text(Path(compiler).read_text().replace("fake 1", "fake 2"))
-    names.append(build._key("cpu", [compiler, "-O3"]))
+    names.append(build.build("cpu"))
+    compiler.write_text(compiler.read_text().replace("fake 1", "fake 2"))
+    names.append(build.build("cpu"))
     assert len(set(names)) == len(names)
     monkeypatch.undo()
     assert "avx" in build._processor() or build._processor()
+
+
+def test_a_machine_without_a_compiler_takes_what_was_built_ahead(fresh, monkeypatch, tmp_path):
+    """All may read it, as far as the umask allows."""
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, 'for last; do :; done; echo > "$last"')))
+    before = os.umask(0o022)
+    try:
+        path = build.build("cpu")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert not list(fresh.glob("*.tmp"))
+    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+    assert build.build("cpu") == path
+    monkeypatch.setattr(build, "_processor", lambda: "another")
+    with pytest.raises(build.BuildError, match="there is no a-compiler-that-is-not-there"):
+        build.build("cpu")
 
 
 def test_those_that_build_at_once_compile_once_and_see_whole_files(fresh, monkeypatch, tmp_path):
