@@ -32,7 +32,7 @@ def rows(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_ends_with_probes_retrieval_and_pictures(tmp_path, clips):
+def test_a_run_ends_with_probes_retrieval_and_figures(tmp_path, clips):
     summary = run(settings(tmp_path / "run", clips, evaluate=True, pictures=2))
     assert summary["retrieval"] is not None and {"accuracy", "chance", "audio", "visual"} <= set(summary["probe"])
     for name in ("loss.png", "reconstruction.png"):

@@ -88,7 +88,7 @@ class Config:
     steps: int | None = free(None, "optimiser steps, in place of epochs; 0: evaluate the untrained model", low=0)
     batch_size: int = free(96, "clips per process and forward pass", low=1)
     adaptive_batch: bool = setting(
-        False, "larger batches while more is masked, as many visible tokens in each; batch_size is the last epoch's"
+        False, "larger batches while more is masked, as many visible tokens in each; batch_size is the smallest"
     )
     accumulate: int = setting(1, "forward passes per optimiser step (adds no contrastive negatives)", low=1)
     optimizer: Literal["adam", "adamw"] = setting("adam", "adam adds weight decay to the gradient, adamw to the weight")

@@ -85,7 +85,7 @@ class Run:
         state: dict[str, Any] = self.trainer.state() | {
             "step": step,
             "config": json.loads(self.config.to_json()),
-            "global_batch": self.config.batch_size * world_size(),  # of the last epoch, with adaptive_batch
+            "global_batch": self.config.batch_size * world_size(),  # the smallest, with adaptive_batch
             "clips": self.digest,
             "bad_files": self.bad.reasons,
         }

@@ -17,17 +17,18 @@ def batch_sizes(config: Config, visible: Callable[[float], float]) -> int | Call
     """Clips of a forward pass over all processes: a number; with ``adaptive_batch`` a function of the epoch (from 0).
 
     DiffMAViL's B_e = (1 - min rho) / (1 - rho_e) B_0 keeps the number of tokens that the encoders see: the batch is
-    ``batch_size`` times processes in the last epoch and larger while more is masked.
+    ``batch_size`` times processes where least is masked (with the paper's curriculum in the last epoch) and larger
+    while more is.
 
     Args:
         config: of the run.
         visible: of the model, see :class:`avfast.models.Model`.
     """
-    last = config.batch_size * world_size()
+    least = config.batch_size * world_size()
     if not config.adaptive_batch:
-        return last
+        return least
     epochs = math.ceil(config.epochs)
-    tokens = last * visible(progress(epochs - 1, epochs))
+    tokens = least * max(visible(progress(epoch, epochs)) for epoch in range(max(epochs, 1)))
     return lambda epoch: round(tokens / visible(progress(epoch, epochs)))
 
 
