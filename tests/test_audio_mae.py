@@ -162,12 +162,15 @@ def test_what_is_given_is_not_drawn():
         torch.tensor([[1, 1], [0, 2]]),
         torch.tensor([[0, 32], [0, 1]]),
         torch.zeros(2, 32, dtype=torch.bool),
+        torch.zeros(2, 0, dtype=torch.int64),
     ):
         with pytest.raises(ValueError, match="audio_keep must hold"):
             model.draw(2, audio_keep=wrong)
+    with pytest.raises(ValueError, match="tell of 0 instances, the batch has 2"):
+        model.draw(2, has_audio=[])
 
 
-def test_a_clip_without_sound_counts_in_nothing():
+def test_a_clip_without_audio_counts_in_nothing():
     model, audio = AudioMAE(**SMALL).double(), signals(3, 128, 64)
     key = DrawKey(0, 0, range(3), 3)
     loss = model(audio, model.draw(3, key=key, has_audio=[True, True, False])).loss
@@ -186,7 +189,7 @@ def test_the_noised_input_is_shown_in_its_place():
     assert plain.figures({"audio": audio.float()}, draws, plain.train()(audio.float(), draws)).reconstruction is None
 
 
-def test_positions_of_shorter_sounds_are_the_first_of_longer_ones(tmp_path):
+def test_positions_of_shorter_audio_are_the_first_of_longer(tmp_path):
     long, short = (AudioMAE(**SMALL | {"audio_size": (frames, 128)}) for frames in (256, 128))
     for a, b in ((long.audio.pos_embed, short.audio.pos_embed), (long.audio.decoder.pos_embed,) * 2):
         assert torch.equal(a[:, : b.shape[1]], b) and not a.requires_grad

@@ -167,18 +167,14 @@ class Branch(nn.Module):
         """Kept ids given by a caller, checked, as ``(V, B, K)``."""
         ids = keep if isinstance(keep, Tensor) else torch.stack(list(keep))
         ids = ids[None] if ids.ndim == 2 and views == 1 else ids
-        if (
-            ids.dtype == torch.bool
-            or ids.is_floating_point()
-            or ids.ndim != 3
-            or tuple(ids.shape[:2]) != (views, batch)
-        ):
+        counted = ids.dtype != torch.bool and not ids.is_floating_point()
+        if not counted or ids.ndim != 3 or tuple(ids.shape[:2]) != (views, batch) or not ids.shape[2]:
             raise ValueError(
-                f"{name}_keep must hold the int64 ids ({views}, {batch}, K) of the patches that each view keeps, got "
-                f"{ids.dtype} of {tuple(ids.shape)}"
+                f"{name}_keep must hold the int64 ids ({views}, {batch}, K) of the patches that each view keeps, at "
+                f"least one, got {ids.dtype} of {tuple(ids.shape)}"
             )
         ids = ids.long().cpu().sort(2).values
-        if ids.min() < 0 or ids.max() >= self.num_patches or (ids.diff(dim=2) == 0).any():
+        if ids.numel() and (ids.min() < 0 or ids.max() >= self.num_patches or (ids.diff(dim=2) == 0).any()):
             raise ValueError(f"{name}_keep must hold distinct ids in 0 .. {self.num_patches - 1} of each instance")
         return ids.numpy()
 

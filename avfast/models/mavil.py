@@ -187,7 +187,7 @@ class MAViL(nn.Module):
                 self.heads[name] = classifier(embed_dim * (2 if name == "fused" else 1), num_classes)
         self.teacher: Teacher | None = None
         if teacher is not None:
-            whole = {k: v for k, v in shared.items() if k not in ("values", "decoder_depth")}
+            whole = {k: v for k, v in shared.items() if k not in ("values", "decoder_depth")} | {"rounding": rounding}
             model = MAViL(
                 img_size=img_size, num_frames=num_frames, tubelet_size=tubelet_size, patch_size=patch_size,
                 audio_size=audio_size, fusion_depth=fusion_depth, mask_ratio=mask_ratio, decoder_depth=0, **whole,

@@ -225,7 +225,8 @@ def draw_views(
 
 def present_rows(batch_size: int, *present: Iterable[bool] | None) -> Tensor | None:
     """Batch rows ``(n,)`` of the instances that have all of these modalities; None for all rows."""
-    has = [all(row) for row in zip(*(p for p in present if p is not None), strict=True)] or [True] * batch_size
+    given = [p for p in present if p is not None]
+    has = [all(row) for row in zip(*given, strict=True)] if given else [True] * batch_size
     if len(has) != batch_size:
         raise ValueError(f"has_audio and has_visual tell of {len(has)} instances, the batch has {batch_size}")
     return None if all(has) else torch.tensor([i for i, x in enumerate(has) if x], dtype=torch.int64, device="cpu")
