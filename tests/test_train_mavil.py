@@ -33,7 +33,7 @@ def rows(out):
 
 
 def test_a_run_ends_with_probes_retrieval_and_figures(tmp_path, clips):
-    summary = run(settings(tmp_path / "run", clips, evaluate=True, pictures=2))
+    summary = run(settings(tmp_path / "run", clips, evaluate=True, figures=2))
     assert summary["retrieval"] is not None and {"accuracy", "chance", "audio", "visual"} <= set(summary["probe"])
     for name in ("loss.png", "reconstruction.png"):
         assert (tmp_path / "run" / name).read_bytes()[:4] == b"\x89PNG"
@@ -89,7 +89,7 @@ def test_audio_mae_trains_on_what_it_hears(tmp_path, clips):
     config = replace(audiomae_diffusion_pretrain(), model="audio_mae_tiny")
     config = replace(config, data=(clips.train,), eval_data=(clips.test,), class_csv=clips.classes, **QUIET)
     config = replace(config, model_args=config.model_args | MODEL, steps=2, batch_size=4, workers=0)
-    summary = run(replace(config, evaluate=True, pictures=2, out=str(tmp_path / "a")))
+    summary = run(replace(config, evaluate=True, figures=2, out=str(tmp_path / "a")))
     assert summary["retrieval"] is None and "audio" in summary["probe"] and "visual" not in summary["probe"]
     assert all(set(row["losses"]) == {"reconstruction_audio"} for row in rows(tmp_path / "a"))
     assert (tmp_path / "a/reconstruction.png").read_bytes()[:4] == b"\x89PNG"
