@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,9 @@ from helpers import assert_close
 from torch import nn
 
 from avfast import flops
-from avfast.nn import CrossBlock, CrossBlocks, LocalBlocks, PatchDecoder
+from avfast.models.branch_decoder import BranchDecoder
+from avfast.models.views import BranchDraws
+from avfast.nn import CrossBlock, CrossBlocks
 from avfast.nn.block import Read
 from avfast.ops import AttentionPlan
 
@@ -86,25 +86,25 @@ def test_what_is_not_read_changes_nothing():
 
 @pytest.mark.parametrize("kind", ["cross", "local"])
 def test_as_the_stack_of_a_decoder(kind):
-    """Given tokens stand in for masked patches, and only masked patches are read."""
+    """Noised patches stand in for masked ones, and only masked ones are read."""
     grid, batch, kept = (8, 4), 2, 10
-    stack = CrossBlocks if kind == "cross" else partial(LocalBlocks, grid=grid)
-    decoder = PatchDecoder(24, 32, 2, 2, grid, 48, mask_token=False, stack=stack)
+    decoder = BranchDecoder(24, 32, 2, 2, kind, grid, 48, 6, "none", 4.0)
+    assert "mask_token" not in decoder.state_dict()
     order = torch.stack([torch.randperm(32) for _ in range(batch)])
-    visible, masked = (ids + 32 * torch.arange(batch)[:, None] for ids in (order[:, :kept], order[:, kept:]))
-    plan = AttentionPlan.from_lengths([32] * batch)
-    read = Read(masked.flatten(), AttentionPlan.from_lengths([32 - kept] * batch, [kept] * batch))
-    tokens, given = torch.randn(batch * kept, 24), torch.randn(batch * (32 - kept), 32)
-    got = decoder(tokens, visible.flatten(), plan, read, masked=(given, masked.flatten()))
-    x = torch.zeros(batch * 32, 32).index_copy(0, visible.flatten(), decoder.embed(tokens))
-    x = x.index_copy(0, masked.flatten(), given).unflatten(0, (batch, 32)) + decoder.pos_embed
+    visible, masked = order[:, :kept], order[:, kept:]
+    counts = 1 + kept, kept if kind == "cross" else 32, 32 - kept
+    draws = BranchDraws(visible[None], masked, None, counts).planned(torch.device("cpu"))
+    tokens, noised = torch.randn(batch, 1 + kept, 24), torch.randn(batch, 32 - kept, 6)
+    got = decoder(tokens, draws, noised)
+    x = torch.zeros(batch, 32, 32).scatter(1, visible[..., None].expand(-1, -1, 32), decoder.embed(tokens[:, 1:]))
+    x = x.scatter(1, masked[..., None].expand(-1, -1, 32), decoder.embed_noised(noised)) + decoder.pos_embed
     if kind == "cross":
-        want = naive(decoder.blocks, decoder.norm, x, order[:, kept:], order[:, :kept])
+        want = naive(decoder.blocks, decoder.norm, x, masked, visible).unflatten(0, masked.shape)
     else:
         for block in decoder.blocks:
             x = block(x, grid)
-        want = decoder.norm(x).flatten(0, 1)[masked.flatten()]
-    assert got.shape == (batch * (32 - kept), 48)
+        want = decoder.norm(x).gather(1, masked[..., None].expand(-1, -1, 32))
+    assert got.shape == (batch, 32 - kept, 48)
     assert_close("prediction", got, decoder.pred(want), 1e-5)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +10,10 @@ from torch import Tensor, nn
 
 from avfast.masking import Kept
 from avfast.models.patched import embed_kept
-from avfast.nn import PatchDecoder, PatchEmbed, SelfBlocks, SpaceTimePositions, patchify, positions, sincos, unpatchify
+from avfast.nn import PatchDecoder, PatchEmbed, SpaceTimePositions, patchify, positions, sincos, unpatchify
 from avfast.nn.block import PackedBlock, Read, run_blocks
 from avfast.ops import AttentionPlan, masked_patch_mse
-from avfast.packing import other_rows, take_rows
+from avfast.packing import other_rows
 
 TUBES = ((4, 6, 9), (2, 3, 4), 3)  # a grid of (2, 2, 2); the last column is dropped
 GRIDS = {"frame": ((6, 9), 3, 3), "time x mel": ((12, 8), (3, 4), 1), "tubes": TUBES}
@@ -114,20 +112,20 @@ IDS = [torch.tensor([1, 6]), torch.tensor([0, 4, 7])]
 
 
 class VideoAutoencoder(nn.Module):
-    def __init__(self, **decoder):
+    def __init__(self):
         super().__init__()
         self.patch_embed = embed = PatchEmbed(SIZE, PATCH, 3, DIM)
         self.pos_embed = SpaceTimePositions(DIM, embed.grid_size)
         self.blocks = nn.ModuleList(PackedBlock(DIM, HEADS) for _ in range(2))
         self.norm = nn.LayerNorm(DIM, eps=1e-6)
-        self.decoder = PatchDecoder(DIM, WIDE, 2, HEADS, embed.grid_size, embed.values, train_positions=True, **decoder)
+        self.decoder = PatchDecoder(DIM, WIDE, 2, HEADS, embed.grid_size, embed.values, train_positions=True)
 
-    def forward(self, video, kept, read=None, masked=None):
+    def forward(self, video, kept, read=None):
         x = embed_kept(self.patch_embed, self.pos_embed, video, kept)
         x = run_blocks(self.blocks, x, AttentionPlan.from_lengths(kept.lengths), norm=self.norm)
         count = self.patch_embed.num_patches
         plan = AttentionPlan.from_lengths((count,) * len(kept))
-        return self.decoder(x, kept.flat(count), plan, read, masked=masked)
+        return self.decoder(x, kept.flat(count), plan, read)
 
 
 def naive_attention(module, x, source):
@@ -146,7 +144,7 @@ def naive_block(block, x):
     return x + block.mlp(block.norm2(x))
 
 
-def naive_decoder_input(model, video, masked=None):
+def naive_decoder_input(model, video):
     """Encoder, then all patches of each instance as the decoder's blocks take them: convolution, no packing."""
     embed, decoder = model.patch_embed, model.decoder
     tokens = embed.proj(video).flatten(2).mT + model.pos_embed()
@@ -154,27 +152,23 @@ def naive_decoder_input(model, video, masked=None):
         x = tokens[row, ids]
         for block in model.blocks:
             x = naive_block(block, x)
-        whole = torch.zeros(embed.num_patches, WIDE).double() if masked else decoder.mask_token[0]
-        whole = list(whole.expand(embed.num_patches, -1))
-        for token, entry in zip(*masked, strict=True) if masked else ():
-            if entry // embed.num_patches == row:
-                whole[entry % embed.num_patches] = token
+        whole = list(decoder.mask_token[0].expand(embed.num_patches, -1))
         for token, i in zip(decoder.embed(model.norm(x)), ids.tolist(), strict=True):
             whole[i] = token
         yield torch.stack(whole) + decoder.pos_embed()[0]
 
 
-def naive_prediction(model, video, masked=None):
+def naive_prediction(model, video):
     decoder, rows = model.decoder, []
-    for x in naive_decoder_input(model, video, masked):
+    for x in naive_decoder_input(model, video):
         for block in decoder.blocks:
             x = naive_block(block, x)
         rows.append(decoder.pred(decoder.norm(x)))
     return torch.stack(rows)
 
 
-def built(**decoder):
-    model = VideoAutoencoder(**decoder).double()
+def built():
+    model = VideoAutoencoder().double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model, torch.randn(2, 3, *SIZE).double(), Kept.pack(IDS)
@@ -196,53 +190,3 @@ def test_a_video_autoencoder_of_these_parts_equals_its_dense_computation():
     trained = [x for x in model.parameters() if x.requires_grad]
     for a, b in zip(*(torch.autograd.grad(x, trained) for x in (loss, exact)), strict=True):
         assert_close("gradient", a, b, 1e-11, scale=1.0)
-
-
-def test_given_tokens_stand_in_place_of_mask_tokens():
-    model, video, kept = built(mask_token=False)
-    assert "decoder.mask_token" not in model.state_dict()
-    rows = other_rows(kept.flat(8), 16)
-    masked = torch.randn(len(rows), WIDE).double(), rows
-    assert_close("given", model(video, kept, masked=masked), naive_prediction(model, video, masked), 1e-12)
-
-
-class CrossBlocks(SelfBlocks):
-    """A stack of another kind: masked tokens read the kept ones, which stay as they are, and not each other."""
-
-    def forward(self, x, plan, scatter_index, read, norm, recompute):
-        masked, seen = take_rows(x, read.token_rows), take_rows(x, scatter_index)
-        for block in self:
-            masked = masked + block.attn.attend(block.norm1(masked), seen, read.plan)
-            masked = masked + block.mlp(block.norm2(masked))
-        return norm(masked)
-
-
-class MixedInTime(SelfBlocks):
-    """And one that needs the grid: every place of it averages over time."""
-
-    def __init__(self, *args, grid):
-        super().__init__(*args)
-        self.grid = grid
-
-    def forward(self, x, plan, scatter_index, read, norm, recompute):
-        x = x.unflatten(0, (-1, *self.grid)).mean(1, keepdim=True).expand(-1, self.grid[0], -1, -1, -1)
-        return norm(x.flatten(0, 3))
-
-
-def test_stacks_of_other_kinds_are_chosen_by_a_keyword():
-    model, video, kept = built(stack=CrossBlocks)
-    # some of the masked patches, in the order of the packed sequences, longest first: instance 1, then 0
-    read = Read(torch.tensor([15, 9, 3]), AttentionPlan.from_lengths((2, 1), kept.lengths))
-    whole, want = list(naive_decoder_input(model, video)), []
-    for row, patch in ((1, 7), (1, 1), (0, 3)):
-        x = whole[row][[patch]]
-        for block in model.decoder.blocks:
-            x = x + naive_attention(block.attn, block.norm1(x), whole[row][IDS[row]])
-            x = x + block.mlp(block.norm2(x))
-        want.append(model.decoder.pred(model.decoder.norm(x)))
-    assert_close("cross", model(video, kept, read), torch.cat(want), 1e-12)
-
-    model, video, kept = built(stack=partial(MixedInTime, grid=model.patch_embed.grid_size))
-    whole = torch.stack(list(naive_decoder_input(model, video))).unflatten(1, (2, 4))
-    want = model.decoder.pred(model.decoder.norm(whole.mean(1, keepdim=True).expand_as(whole).flatten(1, 2)))
-    assert_close("grid", model(video, kept), want, 1e-12)

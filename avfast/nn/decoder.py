@@ -1,4 +1,4 @@
-"""Decoders of masked autoencoders: one stem, and the stack of blocks that it is given.
+"""Decoders of masked autoencoders: one stem, and the stack of blocks that a subclass gives it.
 
 The stem embeds the tokens of the kept patches, lets mask tokens (or given ones, such as diffused patches) stand in for
 the others, adds positions, and predicts from the stack's output. A *stack* is a module that holds its blocks by number,
@@ -129,8 +129,6 @@ class PatchDecoder(Decoder):
         mlp_ratio: of the blocks.
         eps: of the LayerNorms.
         train_positions: the sine-cosine position table is trained.
-        mask_token: False if the tokens of masked patches are always given.
-        stack: builds the blocks, see the head of this file.
     """
 
     def __init__(
@@ -144,12 +142,10 @@ class PatchDecoder(Decoder):
         mlp_ratio: float = 4.0,
         eps: float = 1e-6,
         train_positions: bool = False,
-        mask_token: bool = True,
-        stack: Stack = SelfBlocks,
     ) -> None:
-        super().__init__(dim, decoder_dim, mask_token)
+        super().__init__(dim, decoder_dim)
         self.pos_embed = positions(decoder_dim, grid, train_positions)
-        self.blocks = stack(decoder_dim, depth, num_heads, mlp_ratio, eps)
+        self.blocks = SelfBlocks(decoder_dim, depth, num_heads, mlp_ratio, eps)
         self.norm = nn.LayerNorm(decoder_dim, eps=eps)
         self.pred = nn.Linear(decoder_dim, values)
 
@@ -160,7 +156,6 @@ class PatchDecoder(Decoder):
         plan: AttentionPlan,
         read: Read | None = None,
         *,
-        masked: Masked | None = None,
         further: Tensor | None = None,
     ) -> Tensor:
         """Decode.
@@ -170,7 +165,6 @@ class PatchDecoder(Decoder):
             scatter_index: ``(T,)`` int64 entry of each in the flattened (B, N) patches.
             plan: B sequences of F + N tokens.
             read: the M tokens, rows of the flattened (B, F + N) ones, whose prediction is wanted; default all patches.
-            masked: tokens that are put in place of mask tokens, such as embedded diffused patches.
             further: ``(B, F, D)``, default none.
 
         Returns:
@@ -181,7 +175,7 @@ class PatchDecoder(Decoder):
         embedded = self.embed(torch.cat(given) if len(given) > 1 else given[0])
         where = table(self.pos_embed)
         batch = len(plan)
-        x = self.whole(embedded[batch * front :], scatter_index, (batch, where.shape[1]), masked) + where
+        x = self.whole(embedded[batch * front :], scatter_index, (batch, where.shape[1])) + where
         if front:
             x = torch.cat([embedded[: batch * front].unflatten(0, (batch, front)), x], 1)
         x = self.run(x, plan, scatter_index, read)
@@ -203,7 +197,6 @@ class JointDecoder(Decoder):
         mlp_ratio: of the blocks.
         eps: of the LayerNorms.
         train_positions: the sine-cosine position tables are trained.
-        stack: builds the blocks, see the head of this file.
     """
 
     def __init__(
@@ -217,14 +210,13 @@ class JointDecoder(Decoder):
         mlp_ratio: float = 4.0,
         eps: float = 1e-6,
         train_positions: bool = True,
-        stack: Stack = SelfBlocks,
     ) -> None:
         super().__init__(dim, decoder_dim)
         self.modality_a, self.modality_v = (nn.Parameter(torch.zeros(1, 1, decoder_dim)) for _ in range(2))
         for vector in (self.modality_a, self.modality_v):
             nn.init.normal_(vector, std=0.02)
         self.pos_embed_a, self.pos_embed_v = (positions(decoder_dim, grid, train_positions) for grid in grids)
-        self.blocks = stack(decoder_dim, depth, num_heads, mlp_ratio, eps)
+        self.blocks = SelfBlocks(decoder_dim, depth, num_heads, mlp_ratio, eps)
         self.norm = nn.LayerNorm(decoder_dim, eps=eps)
         self.pred_a, self.pred_v = (nn.Linear(decoder_dim, n) for n in values)
 
