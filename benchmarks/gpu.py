@@ -294,7 +294,7 @@ def models(run: Round) -> list[Job]:
 PARTS = (
     Part("ceilings", 20, 18, ceilings),
     Part("smoke", 50, 40, smoke, parallel=True),
-    Part("tests", 140, 70, tests, parallel=True),
+    Part("tests", 140, 65, tests, parallel=True),
     Part("kernels", 100, 45, kernels),
     Part("step", 140, 40, step),
     Part("models", 95, 30, models),
