@@ -16,7 +16,7 @@ keyword                choice
 =====================  ===============================================================================================
 inter_weight, ...      0.1 and 0.01, temperatures 0.1 and 1.0: as we recollect MAViL's; neither checked nor in the
                        text of Nunez et al.
-rounding               "floor", as AudioMAE and mae_st; the text rounds to the nearest number
+rounding               "floor", as AudioMAE, mae_st and the counts of Table 5; the text rounds to the nearest number
 timesteps              one per "clip", default, or one per "batch"; modalities draw their own
 norm_pix               on as in AudioMAE and mae_st; off for DiffMAViL, whose formula has no normalisation
 final_norm             encoders and fusion end with a LayerNorm; the released inference model has none
