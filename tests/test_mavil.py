@@ -260,6 +260,11 @@ def test_encoders_start_from_masked_autoencoders_of_one_modality(tmp_path):
         model.load_pretrained(audio=tmp_path / "mae_st.pth")
     with pytest.raises(ValueError, match="no mae_st checkpoint"):
         model.load_pretrained(video=audio)
+    small = MAViL(**SMALL | {"img_size": 16, "num_frames": 16})  # fewer mel bins, and fewer places in a frame
+    with pytest.raises(ValueError, match="positions of 8 patches at a time, the model has 4"):
+        small.load_pretrained(audio=audio)
+    with pytest.raises(ValueError, match="mae_st.pth: the checkpoint has positions of 4 patches at a time.* has 1"):
+        small.load_pretrained(video=tmp_path / "mae_st.pth")
 
 
 def test_the_inference_model_says_its_settings():

@@ -252,7 +252,7 @@ class AudioMAE(nn.Module):
         """
         if audio is not None:
             with checkpoints.naming(audio):
-                audio_mae.load_encoder(self.audio, audio_mae.branch(checkpoints.load(audio)))
+                audio_mae.start(self.audio, checkpoints.load(audio))
 
     @classmethod
     def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> AudioMAE:

@@ -426,16 +426,16 @@ class MAViL(nn.Module):
         Raises:
             ValueError: listing keys or shapes that do not fit.
         """
-        for source, branch, convert in ((audio, self.audio, audio_mae.branch), (video, self.visual, mae_st.branch)):
+        for source, branch, start in ((audio, self.audio, audio_mae.start), (video, self.visual, mae_st.start)):
             if source is not None:
                 with checkpoints.naming(source):
-                    audio_mae.load_encoder(branch, convert(checkpoints.load(source)))
+                    start(branch, checkpoints.load(source))
 
     @classmethod
     def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> MAViL:
         """Load the released inference model: pre-trained, or fine-tuned on audio, video or both. It has no decoders.
 
-        Arguments and errors are those of :meth:`avfast.AudioMAE.from_released`.
+        Arguments and errors are those of :meth:`avfast.AudioMAE.from_released`; ``img_size`` is the checkpoint's.
         """
         return audio_mae.build(cls, mavil.convert, checkpoint, settings)
 

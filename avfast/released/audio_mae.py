@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -20,6 +21,9 @@ from avfast.checkpoints import (
     num_heads,
     rename,
 )
+
+if TYPE_CHECKING:
+    from avfast.models.branch import Branch
 
 Model = TypeVar("Model", bound=nn.Module)
 MELS = 128
@@ -116,12 +120,26 @@ def cut(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
             weights[key] = value[:, : own[key].shape[1]]
 
 
-def load_encoder(part: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill the encoder of a :class:`~avfast.models.branch.Branch`; decoder and head of ``weights`` are left out.
+def start(part: Branch, state: Mapping[str, Tensor]) -> None:
+    """Fill the encoder of a branch from a checkpoint of AudioMAE. Errors are those of :func:`load_encoder`."""
+    weights = branch(state)
+    load_encoder(part, weights, MELS // weights["patch_embed.proj.weight"].shape[-1])
+
+
+def load_encoder(part: Branch, weights: Mapping[str, Tensor], places: int) -> None:
+    """Fill the encoder of a branch; decoder and head of ``weights`` are left out.
+
+    Args:
+        part: to fill.
+        weights: by its names.
+        places: patches at one time in the weights' position table.
 
     Raises:
-        ValueError: listing missing, left-over and misshapen entries.
+        ValueError: listing missing, left-over and misshapen entries; where the branch has more or fewer places, since
+            the first rows of the table would be positions of others.
     """
+    if (own_places := prod(part.patch_embed.grid_size[1:])) != places:
+        raise ValueError(f"the checkpoint has positions of {places} patches at a time, the model has {own_places}")
     chosen, own = {k: v for k, v in weights.items() if not k.startswith(("decoder.", "head."))}, part.state_dict()
     if "norm.weight" not in own:
         chosen = {k: v for k, v in chosen.items() if not k.startswith("norm.")}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from avfast.checkpoints import Rule, listed, rename, square
-from avfast.released.audio_mae import DECODER, ENCODER, branch_settings
+from avfast.released.audio_mae import DECODER, ENCODER, branch_settings, load_encoder
+
+if TYPE_CHECKING:
+    from avfast.models.branch import Branch
 
 POSITIONS: list[Rule] = [
     (r"(pos_embed_(?:spatial|temporal|class))", r"\1"),
@@ -43,6 +46,11 @@ def branch(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "decoder.pos_embed.class" in weights and "decoder.cls_token" in weights:
         weights["decoder.cls_token"] = weights["decoder.cls_token"] + weights.pop("decoder.pos_embed.class")
     return weights
+
+
+def start(part: Branch, state: Mapping[str, Tensor]) -> None:
+    """Fill the encoder of a branch of videos. Errors are those of :func:`avfast.released.audio_mae.load_encoder`."""
+    load_encoder(part, branch(state), state["pos_embed_spatial"].shape[1])
 
 
 def convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
