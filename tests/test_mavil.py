@@ -150,6 +150,15 @@ def test_a_clip_that_lacks_a_modality_counts_in_the_intra_modal_loss_of_the_othe
         assert_close(name, loss, (whole if name == "intra_modal_visual" else alone)[name], 1e-12)
 
 
+def test_draws_of_other_views_are_refused():
+    two, one = MAViL(**SMALL), MAViL(**SMALL, intra_weight=0.0)
+    for model, other in ((two, one), (one, two)):
+        with pytest.raises(ValueError, match=f"draws hold {other.views} views of audio, the model takes {model.views}"):
+            model(**{name: x.float() for name, x in pair(2).items()}, draws=other.draw(2))
+    with pytest.raises(ValueError, match="noise_seed is of mask_content"):
+        two.draw(2, noise_seed=3)
+
+
 def test_weights_of_zero_leave_losses_and_views_out():
     model = MAViL(**SMALL, intra_weight=0.0, inter_weight=0.0)
     inputs = {name: x.float() for name, x in pair(2).items()}
@@ -292,9 +301,10 @@ def test_the_inference_model_says_its_settings():
         ({"audio_decoder": "swin"}, "audio_decoder must be local or global"),
         ({"decoder_attention": "joint"}, "decoder_attention must be self or cross"),
         ({"target_frames": 3}, "target_frames must be 4"),
+        ({"img_size": 40, "mask_content": "diffused"}, "patches of 2 x 16 x 16 must divide the input, which is 8 x 40"),
         ({"num_classes": 2, "heads": ("both",)}, "heads must be of audio, visual, fused"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, reason):
     with pytest.raises(ValueError, match=reason):
-        MAViL(**SMALL, **settings)
+        MAViL(**SMALL | settings)

@@ -20,7 +20,7 @@ from avfast.models.contract import Figures, Reconstruction
 from avfast.models.patched import init_weights, shared_plan
 from avfast.models.views import BranchDraws, Noise
 from avfast.nn import CrossBlock, LocalBlock, PackedBlock, run_blocks
-from avfast.nn.patches import PatchEmbed, patchify, positions, table, unpatchify
+from avfast.nn.patches import PatchEmbed, patchify, positions, shown, table, unpatchify
 from avfast.ops import AttentionPlan, NoiseSchedule, diffuse_patches, masked_patch_mse
 from avfast.ops.masked_patch_mse import normalise_patches
 from avfast.random import DrawKey
@@ -80,6 +80,8 @@ class Branch(nn.Module):
         super().__init__()
         if mask_content not in get_args(MaskContent):
             raise ValueError(f"mask_content must be one of {', '.join(get_args(MaskContent))}, got {mask_content!r}")
+        if mask_content == "diffused" and any(n % p for n, p in zip(size, patch_size, strict=True)):
+            raise ValueError(f"noised patches of {shown(patch_size)} must divide the input, which is {shown(size)}")
         channels = 1 if len(size) == 2 else 3
         self.patch_embed = embed = PatchEmbed(size, patch_size, channels, embed_dim)
         self.norm_pix, self.mask_content, self.stream = norm_pix, mask_content, stream

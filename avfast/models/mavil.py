@@ -290,7 +290,7 @@ class MAViL(nn.Module):
             draws = self.placed(draws, images, given)
         batch, sides = images["audio"].shape[0], draws.sides()
         for name, rows in draws.rows().items():
-            check_given(name, sides[name], rows, batch, given[name])
+            check_given(name, sides[name], rows, batch, given[name], self.views)
         tokens = {
             name: branch.encode(images[name], sides[name].plan("encoder"), sides[name].kept)
             for name, branch in self.branches.items()

@@ -220,6 +220,8 @@ def draw_views(
         for name, branch in branches.items()
     }  # fmt: skip
     diffused = any(draws.timesteps is not None for draws in drawn.values())
+    if noise_seed is not None and not diffused:
+        raise ValueError('noise_seed is of mask_content="diffused"')
     return drawn, Noise.draw(key, noise_seed) if diffused else None
 
 
@@ -232,8 +234,12 @@ def present_rows(batch_size: int, *present: Iterable[bool] | None) -> Tensor | N
     return None if all(has) else torch.tensor([i for i, x in enumerate(has) if x], dtype=torch.int64, device="cpu")
 
 
-def check_given(name: str, draws: BranchDraws, rows: Tensor | None, batch_size: int, given: bool) -> None:
-    """Raises ValueError for draws of another batch, or of a modality that is not given."""
+def check_given(
+    name: str, draws: BranchDraws, rows: Tensor | None, batch_size: int, given: bool, views: int = 1
+) -> None:
+    """Raises ValueError for draws of another batch, of other views, or of a modality that is not given."""
+    if draws.kept.shape[0] != views:
+        raise ValueError(f"draws hold {draws.kept.shape[0]} views of {name}, the model takes {views}")
     if draws.kept.shape[1] != batch_size:
         raise ValueError(f"draws are of {draws.kept.shape[1]} instances, the batch has {batch_size}")
     if not given and (rows is None or rows.shape[0]):
