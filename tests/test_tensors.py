@@ -31,9 +31,12 @@ def test_the_default_dtype_changes_neither_weights_nor_losses(name):
             model = create_model(name, depth=1, decoder_depth=1)
             wave = torch.linspace(-1, 1, model.frontend.num_samples, dtype=torch.float32).expand(3, -1)
             key = DrawKey(0, 0, range(3), 3)
-            audio = model.frontend.audio(wave, train=True, key=key)
-            visual = model.frontend.visual(torch.full((3, 1, 3, model.img_size, model.img_size), 7, dtype=torch.uint8))
-            found.append((audio, visual, *model.parameters(), model(audio, visual, model.draw(3, key=key)).loss))
+            inputs, front = {"audio": model.frontend.audio(wave, train=True, key=key)}, model.frontend
+            if front.frames is not None:
+                shape = 3, front.frames.count, 3, front.image_size, front.image_size
+                inputs["visual"] = front.visual(torch.full(shape, 7, dtype=torch.uint8))
+            loss = model(**inputs, draws=model.draw(3, key=key)).loss
+            found.append((*inputs.values(), *model.parameters(), *model.buffers(), loss))
         finally:
             torch.set_default_dtype(torch.float32)
     for others in found[1:]:
