@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -56,6 +57,19 @@ def float32_weights(init: Callable[P, None]) -> Callable[P, None]:
         finally:
             torch.set_default_dtype(before)
 
+    return constructor
+
+
+def with_defaults(init: Callable[..., None], **defaults: Any) -> Callable[..., None]:
+    """The constructor ``init``, of keywords alone, with other defaults, which its signature tells."""
+
+    @wraps(init)
+    def constructor(self: Any, **settings: Any) -> None:
+        init(self, **{**defaults, **settings})
+
+    said = inspect.signature(init)
+    parameters = [p.replace(default=defaults.get(name, p.default)) for name, p in said.parameters.items()]
+    constructor.__signature__ = said.replace(parameters=parameters)  # type: ignore[attr-defined]
     return constructor
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,6 +150,17 @@ def test_a_clip_that_lacks_a_modality_counts_in_the_intra_modal_loss_of_the_othe
     alone = model(**three, draws=model.draw(3, key=DrawKey(1, 2, range(3), 4))).losses
     for name, loss in found.items():
         assert_close(name, loss, (whole if name == "intra_modal_visual" else alone)[name], 1e-12)
+
+
+def test_diffmavil_says_its_own_defaults():
+    said = inspect.signature(DiffMAViL).parameters
+    assert {name: said[name].default for name in ("mask_content", "decoder_attention", "norm_pix", "rounding")} == {
+        "mask_content": "diffused", "decoder_attention": "cross", "norm_pix": False, "rounding": "floor"
+    }  # fmt: skip
+    model = DiffMAViL(**SMALL, decoder_attention="self")
+    assert model.audio.mask_content == "diffused" and model.visual.decoder.attention == "self"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        DiffMAViL(mask=1)
 
 
 def test_draws_of_other_views_are_refused():

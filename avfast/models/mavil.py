@@ -34,7 +34,6 @@ stage 2                ``teacher``: mean squared error to its fused tokens of th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +51,7 @@ from avfast.models.views import Masking, Timesteps, ViewDraws, check_given, coun
 from avfast.ops import info_nce
 from avfast.packing import take_rows
 from avfast.released import audio_mae, mae_st, mavil
-from avfast.tensors import float32_weights, untraced
+from avfast.tensors import float32_weights, untraced, with_defaults
 
 if TYPE_CHECKING:
     from avfast.data.frontend import Frontend
@@ -445,6 +444,4 @@ class DiffMAViL(MAViL):
     ``norm_pix=False``.
     """
 
-    @functools.wraps(MAViL.__init__)  # type: ignore[misc]  # the command line reads its settings' names and types
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"mask_content": "diffused", "decoder_attention": "cross", "norm_pix": False, **settings})
+    __init__ = with_defaults(MAViL.__init__, mask_content="diffused", decoder_attention="cross", norm_pix=False)
