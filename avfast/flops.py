@@ -93,6 +93,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         own.packed_attention_qkv_backward: _raw(_packed_qkv_backward),
         own.local_attention: _raw(_local),
         own.local_attention_backward: _raw(_local_backward),
+        own.low_rank_linear: _raw(_low_rank),
+        own.low_rank_linear_backward: _raw(_low_rank_backward),
         own.pair_attention: _raw(_pair),
         own.pair_attention_backward: _raw(_pair_backward),
     }
@@ -192,6 +194,14 @@ def _local(qkv: torch.Tensor, bias: torch.Tensor, *args: Any, **kwargs: Any) -> 
 
 def _local_backward(grad: torch.Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * _local(*args)
+
+
+def _low_rank(x: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * x.shape[0] * (v.numel() + g.numel())
+
+
+def _low_rank_backward(grad: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * _low_rank(*args)
 
 
 def _without_recomputation(formula: Callable[..., int]) -> Callable[..., int]:

@@ -99,8 +99,8 @@ def mock_driver(monkeypatch: Any, compile: bool = False) -> Iterator[Launches]:
         patch.setattr(torch.cuda, "device_of", guard)
         patch.setattr(backend, "which", lambda device: "triton")
         patch.setattr(backend, "_backend", "triton")
-        from avfast.kernels import add_layer_norm, diffuse_patches, patch_embed_kept
+        from avfast.kernels import add_layer_norm, diffuse_patches, low_rank_linear, patch_embed_kept
 
-        for module in (common, add_layer_norm, diffuse_patches, patch_embed_kept):
+        for module in (common, add_layer_norm, diffuse_patches, low_rank_linear, patch_embed_kept):
             patch.setattr(module, "launch", launch)
         yield launches

@@ -31,6 +31,7 @@ from avfast.kernels.work_lists import ROWS  # noqa: E402
 from avfast.kernels import (  # noqa: E402
     common,
     local_attention,
+    low_rank_linear,
     packed_attention,
     packed_attention_backward,
     packed_tiles,
@@ -40,15 +41,16 @@ from avfast.kernels import (  # noqa: E402
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "compile_check.csv"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-STATISTICS = ("lse", "lse_a", "lse_v", "delta", "bias", "scales", "dbias", "dscales")
+STATISTICS = ("lse", "lse_a", "lse_v", "delta", "bias", "scales", "dbias", "dscales", "length")
 NUMBERS = (
     "heads", "items", "rows", "rows_q", "rows_k", "split", "batch", "queries", "all_queries", "n_a", "n_v",
-    "bias_column", "windows", "per_program", "columns", "shift_rows", "shift_columns",
+    "bias_column", "windows", "per_program", "columns", "shift_rows", "shift_columns", "splits", "steps",
 )  # fmt: skip
 OPS: dict[str, tuple[Any, ...]] = {
     "packed_attention": (packed_attention, packed_attention_backward, packed_tiles, common),
     "pair_attention": (pair_attention, common),
     "local_attention": (local_attention, common),
+    "low_rank_linear": (low_rank_linear, common),
 }
 """The module of each op, and what it is made of."""
 CHOSEN = ("op", "kernel", "arch", "head_dim", "dtype", "tile", "precision")
@@ -57,7 +59,8 @@ MEASURED = ("registers", "programs", "stack", "spills", "shared", "hgmma", "hmma
 tiles (0: there is none), and all."""
 Variant = tuple[str, str, tuple[int, ...], torch.dtype, str, str]
 """Op, kernel, head dimensions, dtype, length class, precision; pair_attention has two head dimensions (queries',
-values') and no length classes; local_attention is compiled for shifted windows of 4 x 4."""
+values') and no length classes; local_attention is compiled for shifted windows of 4 x 4; low_rank_linear has the widths
+of input, chunk and output, and three chunks."""
 
 
 def constants(variant: Variant, arch: int = 90) -> dict:
@@ -67,6 +70,8 @@ def constants(variant: Variant, arch: int = 90) -> dict:
         chosen = packed_attention.constants(name, *dims, dtype, size, capability=arch // 10)
     elif op == "local_attention":
         chosen = local_attention.constants(*dims, [4, 4], [2, 0])
+    elif op == "low_rank_linear":
+        chosen = low_rank_linear.constants(name, 3, *dims, dtype)
     else:
         chosen = pair_attention.constants(name, *dims, dtype, "masked", "masked")
         chosen["BIAS" if name == "forward" else "ADD"] = True
@@ -182,6 +187,8 @@ def variants() -> list[Variant]:
     ]
     kinds = itertools.product(local_attention.KERNELS, (16, 32, 64), (torch.bfloat16, torch.float32))
     found += [("local_attention", name, (dim,), dtype, "") for name, dim, dtype in kinds]
+    kinds = itertools.product(low_rank_linear.KERNELS, (32, 64, 128, 256), (torch.bfloat16, torch.float32))
+    found += [("low_rank_linear", name, (768, rank, 768), dtype, "") for name, rank, dtype in kinds]
     return [
         (*variant, precision)
         for variant in found
@@ -214,6 +221,7 @@ PACKED = [
 ]
 PAIR = [("pair_attention", name, (64, 64), HALF, "", "tf32x3") for name in pair_attention.KERNELS]
 LOCAL = [("local_attention", name, (32,), HALF, "", "tf32x3") for name in local_attention.KERNELS]
+LOW_RANK = [("low_rank_linear", name, (768, 128, 768), HALF, "", "tf32x3") for name in low_rank_linear.KERNELS]
 OTHERS = [
     *(("packed_attention", name, (64,), HALF, "long", "tf32x3") for name in ("forward", "dq")),
     *(
@@ -228,7 +236,7 @@ def slow(cases: list) -> list:
     return [pytest.param(*(case if isinstance(case, list) else [case]), marks=pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize("variant", PACKED + PAIR + LOCAL + slow(OTHERS), ids=str)
+@pytest.mark.parametrize("variant", PACKED + PAIR + LOCAL + LOW_RANK + slow(OTHERS), ids=str)
 def test_shipped_variants_use_tensor_cores_and_do_not_spill(variant):
     row = compiled(variant)
     check(row)
@@ -240,7 +248,9 @@ def test_shipped_variants_use_tensor_cores_and_do_not_spill(variant):
 
 
 FEW = [[PACKED[0], 80], [PACKED[2], 100]]
-REST = [[variant, arch] for variant in PACKED + PAIR + LOCAL for arch in (80, 100) if [variant, arch] not in FEW]
+REST = [
+    [variant, arch] for variant in PACKED + PAIR + LOCAL + LOW_RANK for arch in (80, 100) if [variant, arch] not in FEW
+]
 
 
 @pytest.mark.parametrize("variant, arch", FEW + slow(REST), ids=str)

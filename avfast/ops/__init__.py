@@ -5,6 +5,7 @@ from avfast.ops.diffuse_patches import NoiseSchedule, diffuse_patches
 from avfast.ops.flash_attn_varlen import flash_attn_varlen_func
 from avfast.ops.info_nce import info_nce
 from avfast.ops.local_attention import local_attention
+from avfast.ops.low_rank_linear import low_rank_linear
 from avfast.ops.masked_patch_mse import masked_patch_mse
 from avfast.ops.packed_attention import AttentionPlan, packed_attention, packed_attention_qkv
 from avfast.ops.pair_attention import pair_attention, pair_weights
@@ -18,6 +19,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "info_nce",
     "local_attention",
+    "low_rank_linear",
     "masked_patch_mse",
     "packed_attention",
     "packed_attention_qkv",

@@ -1,0 +1,143 @@
+"""A linear layer whose weight has low rank and whose input is normalised between the two factors, as in AVBERT.
+
+For a token x of width I, V of shape (r, I), G of shape (r, O) and a bias b of width O
+  z = x V^T,   n = z / max(|z|, 1e-12),   y = n G + b
+(Lee et al., ICLR 2021, "Sharing across Transformers": W = U Sigma V, with V and Sigma private to a transformer and U
+shared, and V x put on the unit sphere, for which reason the factors cannot become one matrix; the least norm is the
+released code's. For tokens as rows G = Sigma U^T, folded once for all tokens and layers.) Chunk c of several has r rows
+of V and a G and a bias of its own and is normalised by itself, so that queries, keys and values share one wide product
+with x. With dn = dy G^T
+  dz = (dn - n (n . dn)) / |z|, or dn / 1e-12 where |z| is below that,
+  dx = dz V,   dV = dz^T x,   dG = n^T dy,   db = sum of dy.
+n and |z| are kept for the backward pass when there is to be one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avfast import backend
+from avfast.ops._shared import at_least_float32, autocast_dtype, register_autograd
+
+LEAST_NORM = 1e-12
+
+
+def low_rank_linear(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
+    """``normalize(x v^T) g + bias``.
+
+    Products are of the dtype of x, or under autocast of its dtype, norms of float32 (float64 for float64 inputs). v, g
+    and bias are cast to that dtype at every call: who uses them for many layers casts v and g once. The gradient is one
+    more operator: it cannot be differentiated again, and ``torch.func`` transforms do not pass through.
+
+    Args:
+        x: ``(..., I)``.
+        v: ``(r, I)``, or ``(C r, I)`` for C chunks, one under the other.
+        g: ``(r, O)``, or ``(C, r, O)``.
+        bias: ``(O,)``, or ``(C, O)``.
+
+    Returns:
+        ``(..., O)``, or ``(..., C, O)``, in the dtype of the products.
+
+    Raises:
+        ValueError: on shapes that do not fit, and on tensors that are not floating point.
+    """
+    chunked = g.ndim == 3
+    if g.ndim not in (2, 3) or bias.shape != (*g.shape[:-2], g.shape[-1]):
+        raise ValueError(
+            f"g must be (r, O) and bias (O,), or (C, r, O) and (C, O), got {tuple(g.shape)} and {tuple(bias.shape)}"
+        )
+    if x.ndim < 1 or v.shape != (g.shape[:-1].numel(), x.shape[-1]):
+        raise ValueError(
+            f"v must be {(g.shape[:-1].numel(), *x.shape[-1:])}, a row for each of {tuple(g.shape)} and the width of x "
+            f"{tuple(x.shape)}, got {tuple(v.shape)}"
+        )
+    at_least_float32(x, v, g, bias)
+    dtype = autocast_dtype(x)
+    x, v, g = x.to(dtype), v.to(dtype), g.to(dtype)
+    bias = bias.to(at_least_float32(x))
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, v, g, bias))
+    shape = (*x.shape[:-1], *bias.shape)
+    if not chunked:
+        g, bias = g[None], bias[None]
+    return _forward(x.reshape(-1, x.shape[-1]), v, g, bias, keep)[0].view(shape)
+
+
+@torch.library.custom_op("avfast::low_rank_linear", mutates_args=())
+def _forward(x: Tensor, v: Tensor, g: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y ``(T, C, O)``, n ``(T, C, r)`` and max(|z|, 1e-12) ``(T, C)``; the last two are empty unless kept."""
+    if backend.use_kernels("low_rank_linear", g.mT):
+        from avfast.kernels import low_rank_linear as kernels
+
+        return kernels.forward(x, v, g, bias, keep)
+    z = (x @ v.mT).unflatten(1, g.shape[:2])
+    length = torch.linalg.vector_norm(z, dim=-1, dtype=bias.dtype).clamp_(min=LEAST_NORM)
+    n = z.div_(length[..., None]) if z.dtype == length.dtype else (z / length[..., None]).to(z.dtype)
+    out = x.new_empty((x.shape[0], g.shape[0], g.shape[2]))
+    for c in range(len(g)):
+        torch.addmm(bias[c].to(x.dtype), n[:, c], g[c], out=out[:, c])
+    return (out, n, length) if keep else (out, *_nothing(x, g, bias))
+
+
+def _nothing(x: Tensor, g: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for n and |z| where they are not kept."""
+    return x.new_empty((0, *g.shape[:2])), bias.new_empty((0, g.shape[0]))
+
+
+@_forward.register_fake
+def _(x: Tensor, v: Tensor, g: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[0]
+    out = x.new_empty((rows, g.shape[0], g.shape[2]))
+    if not keep:
+        return out, *_nothing(x, g, bias)
+    return out, x.new_empty((rows, *g.shape[:2])), bias.new_empty((rows, g.shape[0]))
+
+
+@torch.library.custom_op("avfast::low_rank_linear_backward", mutates_args=())
+def _backward(
+    grad: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, v, g and bias."""
+    if backend.use_kernels("low_rank_linear", g.mT):
+        from avfast.kernels import low_rank_linear as kernels
+
+        dz = kernels.backward(grad, g, n, length)
+    else:
+        dz = torch.empty_like(n)
+        for c in range(len(g)):
+            torch.mm(grad[:, c], g[c].mT, out=dz[:, c])
+        wide = dz.to(length.dtype)
+        along = (wide * n).sum(-1, keepdim=True)
+        # A vector that is shorter than the least norm is divided by that, and has no direction to keep.
+        along *= (length > LEAST_NORM)[..., None]
+        dz = wide.addcmul_(along, n.to(wide.dtype), value=-1).div_(length[..., None]).to(n.dtype)
+    dz = dz.flatten(1)
+    grad_g = g.new_empty(g.shape)
+    for c in range(len(g)):
+        torch.mm(n[:, c].mT, grad[:, c], out=grad_g[c])
+    return dz @ v, dz.mT @ x, grad_g, grad.sum(0, dtype=length.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, v: Tensor, g: Tensor, n: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias = length.new_empty((g.shape[0], g.shape[2]))
+    return x.new_empty(x.shape), v.new_empty(v.shape), g.new_empty(g.shape), bias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, v, g, *_ = inputs
+    _, n, length = output
+    ctx.save_for_backward(x, v, g, n, length)
+    ctx.mark_non_differentiable(n, length)
+    ctx.set_materialize_grads(False)  # n and |z| have none
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *_backward(grad, *ctx.saved_tensors), None
+
+
+register_autograd("low_rank_linear", _forward, _backward, _differentiate, _save)
