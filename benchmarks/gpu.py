@@ -45,7 +45,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 UNTESTED = BENCHMARKS / "results" / "UNTESTED.md"
 STEPS = ("avsiam_base", "deepavfusion_base")
 SMOKE = ("packed D64 bfloat16*", "packed D32*", "packed D64 float32*", "packed D80*", "packed D16*", "pair 16*",
-         "pair 64*", "norm*,gather", "local*,mse*")  # fmt: skip
+         "pair 64*", "norm*,gather", "local*,mse*", "low_rank*")  # fmt: skip
 CPU = "--device cpu --threads 1"
 REPORT = 5.0  # seconds kept for the end
 
@@ -272,6 +272,7 @@ def models(run: Round) -> list[Job]:
             "diffusion": "--cases tiny --variants avfast,eager",
             "masked_patch_mse": "--cases tiny --dtypes float32 --variants avfast,patches",
             "local_attention": "--cases tiny --dtypes float32 --variants avfast,windows_sdpa",
+            "low_rank": "--cases tiny --dtypes float32 --variants avfast,wide",
             "avsiam": "--cases tiny --depth 1 --variants avfast,padded",
             "deepavfusion": "--cases none --size tiny --tokens masked",
             "mavil": "--cases MAViL,R4 --size tiny --clips 4 --depth 1",
@@ -284,6 +285,7 @@ def models(run: Round) -> list[Job]:
             "diffusion": "--quick --graph --variants 'avfast*,eager,compiled'",
             "masked_patch_mse": "--quick --graph --cases video-1254,audio-410 --dtypes bfloat16 --batch 32",
             "local_attention": "--quick --graph --cases 64x8-shifted --dtypes bfloat16",
+            "low_rank": "--quick --graph --cases qkv-62,ffn-62 --dtypes bfloat16 --batch 16",
             "avsiam": "--quick --cases full-0-50",
             "deepavfusion": "--quick --tokens masked",
             "mavil": "--quick --cases MAViL,R1,R4",

@@ -15,6 +15,9 @@ State = Mapping[str, Any]
 Cells = dict[str, str]
 LINE = re.compile(r"^\| (?P<what>[^|]+?) \| `(?P<command>[^`]+)` \|(?P<run>[^|]*)\|$")
 GAIN = 1.03  # a tile is taken where it wins by more, in these cases
+SCRIPTS = (
+    "attention", "pair_attention", "masked_patch_mse", "local_attention", "low_rank", "avsiam", "deepavfusion",
+)  # fmt: skip
 DECISIVE = ("n196", "n392", "n512", "mix-0-50")
 
 
@@ -130,16 +133,7 @@ def first(state: State, rows: Mapping[str, list[Cells]]) -> list[str]:
         told = job["status"] == "exit code 1" and job["command"].startswith(("pytest", "python benchmarks/smoke.py"))
         if job["status"] != "passed" and not told:
             found.append(f"{job['status']}: `{job['command'][:100]}`: {job['tail'][:120]}")
-    for name in (
-        "tiles",
-        "steps",
-        "attention",
-        "pair_attention",
-        "masked_patch_mse",
-        "local_attention",
-        "avsiam",
-        "deepavfusion",
-    ):
+    for name in ("tiles", "steps", *SCRIPTS):
         notes = [row for row in rows.get(name, []) if re.match("REFUSED|FAILED|failed|no graph", row["note"])]
         found += [f"{name}, {row['case']}, {row['variant']} {row['launch']}: {row['note'][:120]}" for row in notes[:4]]
     for row in rows.get("steps", []):
@@ -240,7 +234,7 @@ BENCHMARKS = ("benchmark", "case", "launch", "ms", "best other over ours", "erro
 def benchmarks(rows: Mapping[str, list[Cells]]) -> list[Sequence[Any]]:
     return [
         (name, row["case"], row["launch"], row["median_ms"], row["ratio"][:4], row["error"])
-        for name in ("attention", "pair_attention", "masked_patch_mse", "local_attention", "avsiam", "deepavfusion")
+        for name in SCRIPTS
         for row in rows.get(name, [])
         if row["variant"] == common.OURS and row["phase"] == "both" and row["median_ms"]
     ]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import common
 import local_attention
+import low_rank
 import masked_patch_mse
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,7 @@ def other_problems(device: torch.device, tiny: bool) -> Iterator[Problem]:
 
 def operator_problems(device: torch.device, tiny: bool) -> Iterator[Problem]:
     """The cases of the operators' own benchmarks, few samples of each."""
-    for script, label in ((local_attention, "local"), (masked_patch_mse, "mse")):
+    for script, label in ((local_attention, "local"), (low_rank, "low_rank"), (masked_patch_mse, "mse")):
         cases = script.OP.cases(2)
         for name in ("tiny",) if tiny else (name for name in cases if name != "tiny"):
             for dtype in (torch.bfloat16, torch.float32):

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = {"masked_patch_mse": ("patches",), "local_attention": ("windows", "windows_sdpa")}
+SCRIPTS = {
+    "masked_patch_mse": ("patches",),
+    "local_attention": ("windows", "windows_sdpa"),
+    "low_rank": ("separate", "wide"),
+}
 
 
 @pytest.fixture
