@@ -76,8 +76,7 @@ def _forward(x: Tensor, v: Tensor, g: Tensor, bias: Tensor, keep: bool) -> tuple
     length = torch.linalg.vector_norm(z, dim=-1, dtype=bias.dtype).clamp_(min=LEAST_NORM)
     n = z.div_(length[..., None]) if z.dtype == length.dtype else (z / length[..., None]).to(z.dtype)
     out = x.new_empty((x.shape[0], g.shape[0], g.shape[2]))
-    for c in range(len(g)):
-        torch.addmm(bias[c].to(x.dtype), n[:, c], g[c], out=out[:, c])
+    torch.baddbmm(bias.to(x.dtype)[:, None], n.transpose(0, 1), g, out=out.transpose(0, 1))
     return (out, n, length) if keep else (out, *_nothing(x, g, bias))
 
 
@@ -106,17 +105,13 @@ def _backward(
         dz = kernels.backward(grad, g, n, length)
     else:
         dz = torch.empty_like(n)
-        for c in range(len(g)):
-            torch.mm(grad[:, c], g[c].mT, out=dz[:, c])
+        torch.bmm(grad.transpose(0, 1), g.mT, out=dz.transpose(0, 1))
         wide = dz.to(length.dtype)
         along = (wide * n).sum(-1, keepdim=True)
         # A vector that is shorter than the least norm is divided by that, and has no direction to keep.
         along *= (length > LEAST_NORM)[..., None]
         dz = wide.addcmul_(along, n.to(wide.dtype), value=-1).div_(length[..., None]).to(n.dtype)
-    dz = dz.flatten(1)
-    grad_g = g.new_empty(g.shape)
-    for c in range(len(g)):
-        torch.mm(n[:, c].mT, grad[:, c], out=grad_g[c])
+    dz, grad_g = dz.flatten(1), torch.bmm(n.permute(1, 2, 0), grad.transpose(0, 1))
     return dz @ v, dz.mT @ x, grad_g, grad.sum(0, dtype=length.dtype)
 
 
