@@ -97,6 +97,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         own.low_rank_linear_backward: _raw(_low_rank_backward),
         own.pair_attention: _raw(_pair),
         own.pair_attention_backward: _raw(_pair_backward),
+        own.skew_exp: _raw(_skew_exp),
+        own.skew_exp_backward: _raw(_skew_exp_backward),
     }
     for name in _FUSED_BACKWARDS:
         op = getattr(aten, name, None)
@@ -202,6 +204,14 @@ def _low_rank(x: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *args: Any, **k
 
 def _low_rank_backward(grad: torch.Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * _low_rank(*args)
+
+
+def _skew_exp(a: torch.Tensor, **kwargs: Any) -> int:
+    return 6 * 2 * a.numel() * a.shape[-1]  # without the squarings, whose number depends on values
+
+
+def _skew_exp_backward(grad: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return 10 * 2 * grad.numel() * grad.shape[-1]
 
 
 def _without_recomputation(formula: Callable[..., int]) -> Callable[..., int]:

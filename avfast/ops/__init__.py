@@ -10,6 +10,7 @@ from avfast.ops.masked_patch_mse import masked_patch_mse
 from avfast.ops.packed_attention import AttentionPlan, packed_attention, packed_attention_qkv
 from avfast.ops.pair_attention import pair_attention, pair_weights
 from avfast.ops.patch_embed_kept import patch_embed_kept
+from avfast.ops.skew_exp import skew_exp
 
 __all__ = [
     "AttentionPlan",
@@ -26,4 +27,5 @@ __all__ = [
     "pair_attention",
     "pair_weights",
     "patch_embed_kept",
+    "skew_exp",
 ]
