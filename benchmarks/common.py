@@ -29,6 +29,7 @@ except ImportError:
 RESULTS = Path(__file__).parent / "results"
 OURS = "avfast"
 HALF_LIMIT, FLOAT_LIMIT = 0.005, 1e-5
+UNLIKE = "another function"  # note of a row that is no baseline of a ratio
 CYCLES = 2e9  # per second of waiting on a GPU, about its clock
 
 
@@ -274,7 +275,7 @@ def with_ratios(rows: list[Row]) -> list[Row]:
 
     best: dict[tuple[str, ...], float] = {}
     for row in rows:
-        if not row.variant.startswith(OURS) and row.median_ms is not None:
+        if not row.variant.startswith(OURS) and row.median_ms is not None and row.note != UNLIKE:
             best[key(row)] = min(best.get(key(row), math.inf), row.median_ms)
     return [
         replace(row, ratio=best[key(row)] / row.median_ms) if row.median_ms is not None and key(row) in best else row

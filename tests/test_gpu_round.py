@@ -200,7 +200,7 @@ def test_dry_round(tmp_path):
     state = json.loads((tmp_path / "round.json").read_text())
     assert list(state["parts"]) == ["ceilings", "smoke", "tests", "kernels", "step", "models"]
     assert all(part["passed"] == part["jobs"] > 0 for part in state["parts"].values())
-    of_ops = ("attention", "pair_attention", "masked_patch_mse", "local_attention", "low_rank")
+    of_ops = ("attention", "pair_attention", "masked_patch_mse", "local_attention", "low_rank", "skew_exp")
     for name in ("ceilings", "smoke", "tiles", "steps", *of_ops, "avsiam", "mavil", "deepavfusion"):
         with (tmp_path / f"{name}.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))

@@ -12,6 +12,7 @@ SCRIPTS = {
     "masked_patch_mse": ("patches",),
     "local_attention": ("windows", "windows_sdpa"),
     "low_rank": ("separate", "wide"),
+    "skew_exp": ("matrix_exp", "orthogonal", "cayley"),
 }
 
 
