@@ -21,6 +21,19 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in two processes, a file in one of them; what is named on the command line in this one.
+
+    ``-n 0`` keeps all of it here, where pytest-xdist is missing it stays here, and on a GPU nobody shares it.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return
+    named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    if not (named or config.option.collectonly or torch.cuda.is_available()) and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = 2, "loadscope"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
