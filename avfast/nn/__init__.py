@@ -8,6 +8,7 @@ from avfast.nn.fusion import ContextBlock, CrossAttention, FusionBlock, PairAtte
 from avfast.nn.local_block import LocalAttention, LocalBlock, LocalBlocks
 from avfast.nn.norm import SplitLayerNorm
 from avfast.nn.patches import PatchEmbed, SpaceTimePositions, patchify, positions, sincos, unpatchify
+from avfast.nn.shared_transformer import SharedLowRankTransformer
 
 __all__ = [
     "ContextBlock",
@@ -29,6 +30,7 @@ __all__ = [
     "PatchDecoder",
     "PatchEmbed",
     "SelfBlocks",
+    "SharedLowRankTransformer",
     "SpaceTimePositions",
     "SplitLayerNorm",
     "TokenLayout",
