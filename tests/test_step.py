@@ -147,7 +147,7 @@ def test_the_inputs_of_a_step_reach_the_device_without_a_wait(name, fake_plans, 
         # tables that a first step left on the device; generators of a device need one
         for table in ("_triangles", "_htk_triangles"):
             monkeypatch.setattr(sys.modules["avfast.data.log_mel"], table, filters_on_the_device)
-        monkeypatch.setattr(frontend, "_imagenet", lambda device: (torch.ones(3, 1, 1, device=device),) * 2)
+        monkeypatch.setattr(frontend, "_per_channel", lambda values, device: torch.ones(3, 1, 1, device=device))
         monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
         monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: id(x) in pinned)

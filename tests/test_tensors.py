@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from avfast.data.frontend import _imagenet
+from avfast.data.frontend import _per_channel
 from avfast.models import create_model, list_models
 from avfast.models.fusion_draws import shared_tokens
 from avfast.models.patched import shared_plan
@@ -25,7 +25,7 @@ def test_the_default_dtype_changes_neither_weights_nor_losses(name):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
-            for table in (_imagenet, _triangles, _htk_triangles, shared_plan, shared_tokens):
+            for table in (_per_channel, _triangles, _htk_triangles, shared_plan, shared_tokens):
                 table.cache_clear()
             torch.manual_seed(0)
             model = create_model(name, depth=1, decoder_depth=1)

@@ -12,6 +12,7 @@ from avfast.data.clips import (
     make_loader,
 )
 from avfast.data.frontend import AudioMAEFrontend, HTKFrontend, KaldiFrontend, MAViLFrontend
+from avfast.data.frontend_clips import ClipsFrontend
 from avfast.data.log_mel import htk_log_mel, log_mel
 from avfast.data.manifest import read_all, read_folder, read_manifest
 from avfast.data.media import MediaError, MediaFile, MediaInfo, probe, read_audio, read_frames
@@ -25,6 +26,7 @@ __all__ = [
     "ClipDataset",
     "ClipList",
     "ClipSpec",
+    "ClipsFrontend",
     "Failure",
     "Frames",
     "HTKFrontend",

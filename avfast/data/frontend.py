@@ -21,14 +21,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @tensor_cache
-def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and deviation, (3, 1, 1) float32 each."""
-    mean, std = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean[:, None, None].to(device), std[:, None, None].to(device)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) float32."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None].to(device)
 
 
 class Frontend:
-    """What the front ends share: settings that survive JSON, checks, ImageNet-normalised frames.
+    """What the front ends share: settings that survive JSON, checks, normalised frames.
 
     A subclass sets its constructor's arguments as attributes, and nothing else, and provides ``num_samples`` and
     ``_inputs``; ``frames`` where its model takes others than one frame, as in ``frames = video(8, 4.0)``.
@@ -39,6 +38,8 @@ class Frontend:
     image_size: int
     sample_rate: int
     frames: Frames | None = one
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN  # of red, green and blue in [0, 1]
+    pixel_std: tuple[float, ...] = IMAGENET_STD
     low_hz: float = 0.0  # where the lowest mel bin begins; the highest ends at half the sample rate
 
     def _positive(self, **settings: int) -> None:
@@ -141,7 +142,7 @@ class Frontend:
         raise NotImplementedError
 
     def visual(self, frames: Tensor) -> Tensor:
-        """A batch's frames as the model takes them, with ImageNet's mean and deviation taken off.
+        """A batch's frames as the model takes them: ``(x / 255 - pixel_mean) / pixel_std``, ImageNet's unless said.
 
         Args:
             frames: (B, F, 3, image_size, image_size) uint8, F as ``spec.frames`` says; where it is 1 it may be
@@ -163,8 +164,12 @@ class Frontend:
             raise ValueError(f"frames: expected (B, {', '.join(map(str, expected))}), got {tuple(frames.shape)}")
         if frames.dtype != torch.uint8:
             raise TypeError(f"frames: expected uint8, got {frames.dtype}")
-        mean, std = _imagenet(frames.device)
-        return self.frames.shaped((frames.float() - 255 * mean) / (255 * std))
+        # into the model's order as bytes, and in place from there on: clips are a hundred times as large as one frame
+        pixels = self.frames.shaped(frames).float()
+        mean, std = (255 * _per_channel(x, frames.device) for x in (self.pixel_mean, self.pixel_std))
+        if self.frames.kind != "even":
+            mean, std = mean[:, None], std[:, None]  # time stands between channels and height
+        return pixels.sub_(mean).div_(std)
 
 
 class KaldiFrontend(Frontend):

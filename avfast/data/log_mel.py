@@ -13,6 +13,8 @@ num_mel_bins=128, dither=0.0, frame_shift=10`` after the mean of each waveform w
 
     frames centred at multiples of the hop, the waveform mirrored at its ends;   Hann window, periodic;   power of the
     real DFT;   triangles on the scale 2595 log10(1 + f/700) from 0 Hz to half the sample rate;   log10(. + 1e-7)
+
+AVBERT's are the same up to the logarithm: ln(. + 1e-6).
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ _FRAME_MS = 25.0
 LOW_HZ = 20.0
 _PREEMPHASIS = 0.97
 _FLOOR = torch.finfo(torch.float32).eps
-_HTK_FLOOR = 1e-7
 
 
 def frame_length(sample_rate: int) -> int:
@@ -144,9 +145,16 @@ def _triangles(num_mel_bins: int, fft_size: int, sample_rate: int, device: torch
 
 
 def htk_log_mel(
-    waveform: Tensor, *, sample_rate: int = 16000, num_mel_bins: int = 128, n_fft: int = 800, hop: int = 250
+    waveform: Tensor,
+    *,
+    sample_rate: int = 16000,
+    num_mel_bins: int = 128,
+    n_fft: int = 800,
+    hop: int = 250,
+    floor: float = 1e-7,
+    natural: bool = False,
 ) -> Tensor:
-    """Base-10 logarithm of the mel power, in float32 on the waveform's device whatever autocast says.
+    """Logarithm of the mel power, in float32 on the waveform's device whatever autocast says.
 
     Args:
         waveform: (B, S) floating point, more than ``n_fft // 2`` samples (its ends are mirrored).
@@ -154,6 +162,8 @@ def htk_log_mel(
         num_mel_bins: M.
         n_fft: samples in a frame.
         hop: samples between the centres of two frames.
+        floor: added to the power.
+        natural: the natural logarithm instead of that to base 10.
 
     Returns:
         (B, 1 + S // hop, M) float32.
@@ -175,7 +185,8 @@ def htk_log_mel(
         found = []
         for row in rows:
             spectrum = torch.stft(row, n_fft, hop, window=window, center=True, pad_mode="reflect", return_complex=True)
-            found.append((_product(spectrum.abs().square().mT, triangles) + _HTK_FLOOR).log10().float())
+            power = _product(spectrum.abs().square().mT, triangles) + floor
+            found.append((power.log() if natural else power.log10()).float())
     return torch.cat(found)
 
 
