@@ -49,6 +49,18 @@ def test_the_rate_grows_with_the_batch_and_warms_up_by_epochs():
     assert learning_rate(dataclasses.replace(config, warmup_steps=8), 3, 8, 100) == pytest.approx(1.5e-4)
 
 
+def test_linear_decay_after_a_share_of_warm_up():
+    """The first 6 % of 50 steps, then one line to the smallest rate at the end and no further."""
+    config = Config(schedule="linear", lr=1.0, warmup_share=0.06, min_lr=0.06)
+    rates = [learning_rate(config, step, 10, 50) for step in range(60)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates[3:51] == pytest.approx([1 - 0.02 * step for step in range(48)])
+    assert rates[50:] == pytest.approx([0.06] * 10)
+    longer = dataclasses.replace(config, warmup_steps=6)
+    assert learning_rate(longer, 2, 10, 50) == pytest.approx(0.5)
+    assert learning_rate(dataclasses.replace(config, warmup_share=0.0), 0, 10, 50) == 1
+
+
 def test_the_ramp_is_half_a_cosine_over_a_share_of_training():
     config = Config(unimodal_ramp=0.5)
     assert [unimodal_factor(config, step, 40) for step in (0, 10, 20, 39)] == pytest.approx([0, 0.5, 1, 1])
@@ -62,6 +74,7 @@ RATES = [
     {"schedule": "cosine", "min_lr": 1e-6, "warmup_epochs": 1.5, "unimodal_ramp": 0.5},
     {"schedule": "cosine", "warmup_steps": 7, "lr_batch": 256},
     {"schedule": "step", "decay_start": 2.0, "decay_every": 1.5},
+    {"schedule": "linear", "warmup_share": 0.3, "lr_batch": 256},
 ]
 
 

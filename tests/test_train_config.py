@@ -47,6 +47,29 @@ def test_groups_of_parameters():
     assert found == {(True, 0.05): [(3, 2)], (True, 0.0): [(3,)], (False, 0.05): [(4, 3)], (False, 0.0): [(4,)]}
 
 
+def test_groups_of_orthogonal_matrices():
+    import torch
+
+    model = torch.nn.ModuleDict({"skew": torch.nn.Linear(3, 3, bias=False), "rest": torch.nn.Linear(3, 4)})
+    model.parameter_groups = dict
+    for changes, says in (
+        ({"orthogonal_lr": 0.1}, "--orthogonal_lr 0.1: avsiam_base names no orthogonal parts; use 1"),
+        ({"decay_orthogonal": False}, "--no-decay_orthogonal: avsiam_base names no orthogonal parts; use --decay_"),
+    ):
+        with pytest.raises(SettingError, match=says):
+            parameter_groups(model, Config(**changes))
+    model.parameter_groups = lambda: {"orthogonal": list(model["skew"].parameters())}
+    (group,) = parameter_groups(model, Config())
+    assert len(group["params"]) == 3 and group["factor"] == 1
+    for changes, want in (
+        ({"orthogonal_lr": 0.1}, {(0.1, 0.05): [(3, 3)], (1.0, 0.05): [(4, 3), (4,)]}),
+        ({"decay_orthogonal": False}, {(1.0, 0.0): [(3, 3)], (1.0, 0.05): [(4, 3), (4,)]}),
+        ({"orthogonal_lr": 0.1, "decay_1d": False}, {(0.1, 0.05): [(3, 3)], (1.0, 0.05): [(4, 3)], (1.0, 0.0): [(4,)]}),
+    ):
+        groups = parameter_groups(model, Config(weight_decay=0.05, **changes))
+        assert {(g["factor"], g["weight_decay"]): [tuple(p.shape) for p in g["params"]] for g in groups} == want
+
+
 def test_the_ramp_holds_the_unimodal_parts_back():
     import torch
 
@@ -59,6 +82,31 @@ def test_the_ramp_holds_the_unimodal_parts_back():
     trainer.step([], 0.1, 0.25)
     rates = {group["unimodal"]: group["lr"] for group in trainer.optimizers[0].param_groups}
     assert rates == {True: 0.025, False: 0.1}
+
+
+def test_orthogonal_matrices_learn_more_slowly_under_amsgrad():
+    """Decoupled decay is lr * decay of the weight, with the group's own rate; the first step of Adam is one of lr."""
+    import torch
+
+    from avfast import create_model
+    from avfast.train.trainer import Trainer
+
+    model = create_model("avsiam_tiny", embed_dim=32, depth=1)
+    slow = list(model.encoder.parameters())
+    model.parameter_groups = lambda: {"orthogonal": slow}
+    config = dataclasses.replace(demo(), optimizer="adamw", amsgrad=True, orthogonal_lr=0.1, weight_decay=0.5)
+    trainer = Trainer(model, config, torch.device("cpu"))
+    (optimizer,) = trainer.optimizers
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer.step([], 0.1)  # no batch, no gradient: nothing moves
+    assert {group["factor"]: group["lr"] for group in optimizer.param_groups} == {0.1: pytest.approx(0.01), 1.0: 0.1}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        rate = 0.01 if any(parameter is p for p in slow) else 0.1
+        torch.testing.assert_close(parameter.detach(), old * (1 - rate * 0.5) - rate, atol=1e-6, rtol=1e-5)
+    assert all("max_exp_avg_sq" in state for state in optimizer.state.values())
 
 
 def test_flags():

@@ -225,7 +225,11 @@ class Model(Protocol):
         """Token features of ``audio``, of ``visual`` or of both, after the final norms, without masking."""
 
     def parameter_groups(self) -> Mapping[str, Sequence[nn.Parameter]]:
-        """The parameters by what training treats alike; ``--unimodal_ramp`` holds ``"unimodal"`` ones back."""
+        """The parameters by what training treats alike.
+
+        ``--unimodal_ramp`` holds ``"unimodal"`` ones back; ``--orthogonal_lr`` slows ``"orthogonal"`` ones, the
+        logarithms of rotations.
+        """
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks, the units of sharding."""

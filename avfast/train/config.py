@@ -97,12 +97,18 @@ class Config:
         None, "clips of a step that --lr is meant for; it grows in proportion to the own", low=1
     )
     betas: tuple[float, float] = setting((0.95, 0.999), "of Adam")
+    amsgrad: bool = setting(False, "AMSGrad: divide by the largest second moment so far (both optimisers)")
     weight_decay: float = setting(5e-7, "weight decay", low=0)
     decay_1d: bool = setting(True, "decay biases, norms and other one-dimensional parameters too")
+    decay_orthogonal: bool = setting(True, "decay the logarithms of orthogonal matrices: they tend to the identity")
+    orthogonal_lr: float = setting(1.0, "factor of the learning rate of the model's orthogonal matrices", low=0)
     clip_grad: float | None = setting(None, "largest norm of the gradient", low=0)
-    schedule: Literal["step", "cosine"] = setting("step", "of the learning rate: steps by epochs, or one cosine")
+    schedule: Literal["step", "cosine", "linear"] = setting(
+        "step", "of the learning rate: steps by epochs, one cosine, or one line"
+    )
     warmup_steps: int = setting(0, "optimiser steps of linear warm-up", low=0)
-    warmup_epochs: float = setting(0.0, "the same in epochs; the longer of the two counts", low=0)
+    warmup_epochs: float = setting(0.0, "the same in epochs; the longest counts", low=0)
+    warmup_share: float = setting(0.0, "the same as a share of all steps", low=0, high=1)
     unimodal_ramp: float = setting(
         0.0,
         "share of training over which the learning rate of the model's unimodal parts rises from 0; 0: none",
@@ -112,7 +118,7 @@ class Config:
     decay_start: float = setting(10.0, "step schedule: epochs before the first decay", low=0)
     decay_every: float = setting(5.0, "step schedule: epochs between decays", low=1e-9)
     decay_rate: float = setting(0.5, "step schedule: factor of each decay", low=0)
-    min_lr: float = setting(0.0, "cosine schedule: learning rate at the end", low=0)
+    min_lr: float = setting(0.0, "cosine and linear schedules: learning rate at the end", low=0)
     paper_batch: int | None = free(
         None, "clips of a step in the paper; a contrastive loss over far fewer is warned about"
     )

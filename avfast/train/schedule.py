@@ -40,15 +40,16 @@ def learning_rate(config: Config, step: float, steps_per_epoch: float, total: fl
     peak = config.lr
     if config.lr_batch is not None:
         peak *= config.batch_size * config.accumulate * world_size() / config.lr_batch
-    warmup = max(config.warmup_steps, round(config.warmup_epochs * steps_per_epoch))
+    warmup = max(config.warmup_steps, round(config.warmup_epochs * steps_per_epoch), round(config.warmup_share * total))
     if step < warmup:
         return peak * (step + 1) / warmup
     if config.schedule == "step":
         epoch = step // steps_per_epoch
         decays = 0 if epoch < config.decay_start else int((epoch - config.decay_start) // config.decay_every) + 1
         return peak * config.decay_rate**decays
-    share = (step - warmup) / max(total - warmup, 1)
-    return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    share = min((step - warmup) / max(total - warmup, 1), 1.0)
+    left = 1 - share if config.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+    return config.min_lr + (peak - config.min_lr) * left
 
 
 def unimodal_factor(config: Config, step: float, total: float) -> float:

@@ -18,20 +18,41 @@ from avfast.train.graph import GraphedPass, Pass
 
 
 def parameter_groups(model: Model, config: Config) -> list[dict[str, Any]]:
-    """The parameters for an optimiser, by ``unimodal`` (does the ramp apply) and weight decay."""
-    ramped: set[int] = set()
+    """The parameters for an optimiser, by ``unimodal`` (does the ramp apply), ``factor`` of the rate, and decay.
+
+    Raises:
+        SettingError: a setting is about parts that the model does not name.
+    """
+    unimodal: set[int] = set()
+    orthogonal: set[int] = set()
     if config.unimodal_ramp:
-        ramped = {id(parameter) for parameter in model.parameter_groups().get("unimodal", ())}
-        if not ramped:
-            raise SettingError(f"--unimodal_ramp {config.unimodal_ramp}: {config.model} names no unimodal parts; use 0")
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        unimodal = _named(model, config, "unimodal", f"--unimodal_ramp {config.unimodal_ramp}", "0")
+    if config.orthogonal_lr != 1:
+        orthogonal = _named(model, config, "orthogonal", f"--orthogonal_lr {config.orthogonal_lr}", "1")
+    elif not config.decay_orthogonal:
+        orthogonal = _named(model, config, "orthogonal", "--no-decay_orthogonal", "--decay_orthogonal")
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        decays = config.decay_1d or parameter.ndim > 1
-        groups.setdefault((id(parameter) in ramped, decays), []).append(parameter)
+        rotates = id(parameter) in orthogonal
+        decays = config.decay_orthogonal if rotates else config.decay_1d or parameter.ndim > 1
+        groups.setdefault((id(parameter) in unimodal, rotates, decays), []).append(parameter)
     return [
-        {"params": parameters, "unimodal": unimodal, "weight_decay": config.weight_decay if decays else 0.0}
-        for (unimodal, decays), parameters in groups.items()
+        {
+            "params": parameters,
+            "unimodal": ramped,
+            "factor": config.orthogonal_lr if rotates else 1.0,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (ramped, rotates, decays), parameters in groups.items()
     ]
+
+
+def _named(model: Model, config: Config, group: str, flag: str, neutral: str) -> set[int]:
+    """The ids of the parameters in a group of the model's, which must have some for ``flag`` to be about."""
+    found = {id(parameter) for parameter in model.parameter_groups().get(group, ())}
+    if not found:
+        raise SettingError(f"{flag}: {config.model} names no {group} parts; use {neutral}")
+    return found
 
 
 METRICS = "metrics/"  # what names begin with that are no losses
@@ -55,7 +76,8 @@ class Trainer:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
         fused = True if device.type == "cuda" else None
         self.optimizers = [
-            kind(parameter_groups(model, config), lr=config.lr, betas=config.betas, fused=fused) for _ in model.passes
+            kind(parameter_groups(model, config), lr=config.lr, betas=config.betas, amsgrad=config.amsgrad, fused=fused)
+            for _ in model.passes
         ]
         half = self.dtype is torch.float16
         self.scalers = [torch.amp.GradScaler(device.type, enabled=half) for _ in model.passes]
@@ -85,7 +107,7 @@ class Trainer:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
             for group in optimizer.param_groups:
-                group["lr"] = lr * unimodal_factor if group.get("unimodal") else lr
+                group["lr"] = lr * group.get("factor", 1.0) * (unimodal_factor if group.get("unimodal") else 1.0)
             scaler.step(optimizer)
             scaler.update()
         return means
