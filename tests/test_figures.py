@@ -91,6 +91,17 @@ def test_losses(tmp_path, drawn):
     assert drawn[0].axes[1].lines[1].get_ydata()[0] == pytest.approx(math.log(8))
 
 
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [("mep_audio", "nats"), ("cpp_unimodal", "nats"), ("intra_modal_audio", "nats")]
+    + [("distillation_visual", "mean squared error")],
+)
+def test_units_of_losses(tmp_path, drawn, name, unit):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": 3.0, "losses": {name: 2.0}}))
+    draw_losses(tmp_path / "metrics.jsonl", "recipe: model", tmp_path / "x.png")
+    assert [axis.get_ylabel() for axis in drawn[0].axes] == ["loss", unit]
+
+
 def test_clips_of_which_nothing_is_masked_are_not_chosen(tmp_path, monkeypatch):
     a, v = torch.tensor([0.0, 0.5, 0.5, 0.5, 0.0, 0.3]), torch.tensor([0.5, 0.5, 0.0, 0.2, 0.0, 0.1])
     found = Figures(Reconstruction({"input": torch.arange(6.0)}, {}, {"audio": a, "visual": v}))

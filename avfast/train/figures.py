@@ -128,7 +128,9 @@ def draw_losses(metrics: Path, title: str, path: Path, contrasted: int = 0) -> N
         axis.plot([r["step"] for r in rows], [r["loss"] if name == "loss" else r["losses"][name] for r in rows])
         axis.set_title("loss (weighted sum)" if name == "loss" else name.replace("_", " "))
         axis.set_xlabel("step")
-        axis.set_ylabel("nats" if name == "contrastive" else "mean squared error" if name != "loss" else "loss")
+        # what is put back is told by squared errors; everything else is told apart, by cross entropies
+        squared = name.startswith(("reconstruction", "distillation"))
+        axis.set_ylabel("loss" if name == "loss" else "mean squared error" if squared else "nats")
         if name == "contrastive" and contrasted > 1:
             axis.axhline(math.log(contrasted), color="0.5", linestyle="--", label=f"chance, ln {contrasted}")
             axis.legend()
