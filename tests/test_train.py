@@ -264,7 +264,7 @@ def test_summary_pictures_and_evaluation_of_a_checkpoint(tmp_path, clips, capsys
     assert summary == json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["retrieval"]["gallery"] == 8 and summary["clips"] == {"train": 16, "held_out": 8}
     found = {"clips": 16, "looked_at": 16, "audio": 16, "video": 16, "both": 16, "unreadable": 0}
-    assert summary["modalities"] == found and summary["truncated_files"] == []
+    assert summary["clips_present"] == 1 and summary["modalities"] == found and summary["truncated_files"] == []
     for direction in ("audio_to_visual", "visual_to_audio"):
         assert set(summary["retrieval"][direction]) == {"R@1", "R@5", "R@10", "MdR"}
         assert 0 <= summary["retrieval"][direction]["R@1"] <= summary["retrieval"][direction]["R@5"] <= 1

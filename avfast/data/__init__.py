@@ -11,6 +11,7 @@ from avfast.data.clips import (
     eval_loader,
     make_loader,
 )
+from avfast.data.csv_lists import MediaFiles
 from avfast.data.frontend import AudioMAEFrontend, HTKFrontend, KaldiFrontend, MAViLFrontend
 from avfast.data.frontend_clips import ClipsFrontend
 from avfast.data.log_mel import htk_log_mel, log_mel
@@ -34,6 +35,7 @@ __all__ = [
     "MAViLFrontend",
     "MediaError",
     "MediaFile",
+    "MediaFiles",
     "MediaInfo",
     "StepBatches",
     "TooManyBadFiles",

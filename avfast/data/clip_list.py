@@ -165,11 +165,13 @@ class ClipList:
         clips: any sequence of clips is taken, and kept packed.
         class_names: each once; empty where no labels are known.
         notes: what its reader has to say about the files, one line each.
+        missing: clips of the lists it was read from that have no file, and are left out.
     """
 
     clips: Sequence[Clip]
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
+    missing: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.clips, PackedClips):
@@ -200,4 +202,5 @@ def merge(lists: Sequence[ClipList]) -> ClipList:
             for clip in part.clips:
                 yield clip if same else replace(clip, labels=tuple(to[label] for label in clip.labels))
 
-    return ClipList(PackedClips(clips()), tuple(index), tuple(note for part in lists for note in part.notes))
+    notes = tuple(note for part in lists for note in part.notes)
+    return ClipList(PackedClips(clips()), tuple(index), notes, sum(part.missing for part in lists))

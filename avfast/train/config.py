@@ -61,10 +61,17 @@ class Config:
     other_clips: bool = free(False, "let --resume go on with other training clips than the checkpoint's")
     seed: int = setting(0, "of weights, order, augmentation and masking", low=0, high=2**63)
 
-    data: tuple[str, ...] = free((), "folders of media files or CAV-MAE JSON manifests; none: the built-in demo clips")
+    data: tuple[str, ...] = free(
+        (), "folders of media files, CAV-MAE JSON manifests, AudioSet or VGGSound CSVs; none: the built-in demo clips"
+    )
+    media: tuple[str, ...] = free(
+        (), "folders with the files of a CSV's clips, <id>.* or <id>_<start>.*; vggsound.csv:train takes one split"
+    )
     class_csv: str | None = free(None, "classes of the manifests: index,mid,display_name")
     weights_csv: tuple[str, ...] = free((), "sampling weights, a CSV per manifest: clips drawn with replacement")
-    eval_data: tuple[str, ...] = free((), "folders or manifests of held-out clips; none: eval_fraction of --data")
+    eval_data: tuple[str, ...] = free(
+        (), "folders, manifests or CSVs (vggsound.csv:test) of held-out clips; none: eval_fraction of --data"
+    )
     eval_fraction: float = free(0.1, "share of --data held out, chosen by a hash of the clip's id", low=0, high=1)
     demo_set: str = free("tiny", "which built-in demo clips are made")
     demo_clips: int | None = free(None, "number of demo clips (default: the set's own)", low=1)

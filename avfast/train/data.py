@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
+from avfast.data.csv_lists import MediaFiles
 from avfast.data.dataset import Modalities
 from avfast.data.manifest import is_manifest, read_all, read_manifest
 from avfast.train import parallel
@@ -22,8 +23,19 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
             f"--class_csv {config.class_csv} goes with a manifest; demo clips have their classes, and the classes of a "
             "folder are its sub-folders"
         )
+    try:
+        media = MediaFiles(config.media) if config.media else None
+    except ValueError as error:
+        raise SettingError(f"--{error}") from None
+    found = _sources(config, media)
+    if media is not None and not media.asked:
+        raise SettingError(f"--media {' '.join(config.media)} goes with AudioSet's or VGGSound's CSV")
+    return found
+
+
+def _sources(config: Config, media: MediaFiles | None) -> tuple[ClipList, ClipList]:
     if config.data:
-        train = read(config.data, config.class_csv, config.weights_csv)
+        train = read(config.data, config.class_csv, config.weights_csv, media=media)
         if not config.eval_data:
             return split(train, config.eval_fraction)
     else:
@@ -39,16 +51,21 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
         if not config.eval_data:
             return train, read_manifest(test_json, class_csv)
     # merged, so that a class has the same number on both sides
-    both = merge([train, read(config.eval_data, config.class_csv, flag="--eval_data")])
+    both = merge([train, read(config.eval_data, config.class_csv, media=media, flag="--eval_data")])
     return both.take(range(len(train))), both.take(range(len(train), len(both)))
 
 
 def read(
-    paths: Sequence[str], class_csv: str | None = None, weights_csv: Sequence[str] = (), *, flag: str = "--data"
+    paths: Sequence[str],
+    class_csv: str | None = None,
+    weights_csv: Sequence[str] = (),
+    *,
+    media: MediaFiles | None = None,
+    flag: str = "--data",
 ) -> ClipList:
     """:func:`avfast.data.read_all`; what is wrong with a list is wrong with the setting that names it."""
     try:
-        return read_all(paths, class_csv, weights_csv, source=flag)
+        return read_all(paths, class_csv, weights_csv, media=media, source=flag)
     except ValueError as error:
         raise SettingError(str(error)) from None
 

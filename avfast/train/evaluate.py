@@ -32,7 +32,7 @@ from avfast.train.recipes import RECIPES
 
 USAGE = "python -m avfast.train.evaluate RUN [--field value ...]"
 # Settings by which other clips than the run's own are judged.
-CLIPS = {"data", "class_csv", "eval_data", "eval_fraction", "eval_clips", "demo_set", "demo_clips"}
+CLIPS = {"data", "media", "class_csv", "eval_data", "eval_fraction", "eval_clips", "demo_set", "demo_clips"}
 
 
 def features(model: Model, config: Config, clips: ClipList | ClipDataset, device: torch.device) -> Pooled:

@@ -38,9 +38,11 @@ def finish(run: Run, found: dict[str, Any]) -> dict[str, Any]:
         summary, failures = evaluate(model, config, run.train, run.held_out, trainer.device)
         run.account(failures)
         log.say(table(summary))
+    clips = len(run.train) + len(run.held_out)
     summary |= {
         "steps": run.total,
         "clips": {"train": len(run.train), "held_out": len(run.held_out)},
+        "clips_present": clips / (clips + run.train.missing) if clips else None,
         "modalities": asdict(run.modalities),
         **found,
         "bad_files": run.bad.summary(),
