@@ -6,10 +6,12 @@ import csv
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from avfast.data.clip_list import Clip, ClipList, PackedClips
 from avfast.data.folders import extension_of, walk
@@ -39,15 +41,16 @@ class MediaFiles:
         self.asked = False
 
     @cached_property
-    def _files(self) -> dict[str, list[str]]:
-        """The files of each id, those of the first root first."""
-        found: dict[str, list[str]] = {}
+    def _files(self) -> dict[str, str | list[str]]:
+        """The file of each id, or its files, those of the first root first."""
+        found: dict[str, str | list[str]] = {}
         for root in self.roots:
             files, _ = walk(root)
             self.count += len(files)
             for file in files:
                 if match := _STEM.fullmatch(_stem(file)):
-                    found.setdefault(match[1], []).append(os.path.join(root, file))
+                    before, path = found.get(match[1], []), os.path.join(root, file)
+                    found[match[1]] = [*([before] if isinstance(before, str) else before), path] if before else path
         return found
 
     def find(self, name: str, start: float, alone: bool = True) -> tuple[str | None, str | None]:
@@ -60,7 +63,8 @@ class MediaFiles:
         """
         self.asked = True
         timed, untimed = [], []
-        for path in self._files.get(name, ()):
+        files = self._files.get(name, [])
+        for path in [files] if isinstance(files, str) else files:
             match = _STEM.fullmatch(_stem(path))
             if match is None or match[2] is None:
                 untimed.append(path)
@@ -156,20 +160,23 @@ def read_segments(
 
 
 def _read_segments(file: str, where: str) -> list[_Row]:
-    lines = [row for row in read_rows(file, where) if not row[0].startswith("#")]
-    if lines and not _is_number(lines[0][1:2]):
-        lines = lines[1:]  # a header
+    lines = (row for row in read_rows(file, where) if not row[0].startswith("#"))
+    first = next(lines, [])
+    if not _is_number(first[1:2]):  # a header
+        first = next(lines, [])
     forms = "YTID,start_seconds,end_seconds,labels (AudioSet) or YTID,start,label,split (VGGSound)"
-    if not lines:
+    if not first:
         raise ValueError(f"{where}: expected {forms}, got no such row")
-    timed = _is_number(lines[0][2:3])  # an end
+    timed = _is_number(first[2:3])  # an end
+    shared: dict[str, tuple[str, ...]] = {}  # millions of rows have few labels
     found = []
-    for line in lines:
+    for line in chain([first], lines):
         row = [cell.strip() for cell in line]
         if len(row) != 4 or not re.fullmatch(_ID, row[0]) or not _is_number(row[1:2]) or _is_number(row[2:3]) != timed:
             raise ValueError(f"{where}: expected {forms}, got {','.join(row)[:100]}")
-        labels = split_mids(row[3]) if timed else [row[2]]
-        found.append(_Row(row[0], float(row[1]), tuple(labels), None if timed else row[3]))
+        text = row[3] if timed else row[2]
+        labels = shared.setdefault(text, tuple(split_mids(text)) if timed else (text,))
+        found.append(_Row(row[0], float(row[1]), labels, None if timed else sys.intern(row[3])))
     return found
 
 

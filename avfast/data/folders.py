@@ -60,7 +60,8 @@ def walk(root: str) -> tuple[list[str], Counter[str]]:
                 skipped["pipes, sockets or devices"] += 1
             else:
                 links.append(name)  # a broken one too: it is named when it cannot be read
-    return sorted(files, key=lambda file: (file.split(os.sep)[:-1], file)), skipped
+    # by folders, part by part, and then by name
+    return sorted(files, key=lambda file: (os.path.dirname(file).replace(os.sep, "\0"), file)), skipped
 
 
 def _is_listed(path: str) -> bool:
