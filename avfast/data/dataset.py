@@ -66,11 +66,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class _Decoded:
-    """All of a clip that the cache keeps."""
+class Whole:
+    """All of a clip.
+
+    Attributes:
+        waveform: (samples,) float32, or None without audio.
+        frames: (N, 3, H, W) uint8, or None without video.
+        times: of the frames, in seconds: the middles of N equal parts.
+        duration: in seconds, of what both have.
+        truncated: those of its files that end before their headers say.
+    """
 
     waveform: Tensor | None
-    frames: Tensor | None  # (N, 3, h, w) uint8
+    frames: Tensor | None
     times: Sequence[float]
     duration: float
     truncated: tuple[str, ...]
@@ -116,7 +124,7 @@ class ClipDataset(Dataset[Sample | Failure]):
         self.seed = seed
         self.cache = cache
         self.crop_scale = crop_scale
-        self._cached: dict[int, _Decoded | MediaError] = {}
+        self._cached: dict[int, Whole | MediaError] = {}
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -170,7 +178,7 @@ class ClipDataset(Dataset[Sample | Failure]):
             audio, video = _open(clip, stack)
             duration = _duration(audio, video)
             waveform, frames, short, end = self._read(clip, audio, video, duration, draw)
-            there, truncated = self._settle(audio, video, duration, end)
+            there, truncated = _settle(audio, video, duration, end, self._slack)
             if there < duration:
                 waveform, frames, short, _ = self._read(clip, audio, video, there, draw)
             return _non_empty(waveform), frames, short, truncated
@@ -194,28 +202,11 @@ class ClipDataset(Dataset[Sample | Failure]):
     def _short(self, duration: float) -> bool:
         return duration < _SHORT * self.spec.seconds
 
-    def _settle(
-        self, audio: MediaFile | None, video: MediaFile | None, duration: float, end: dict[str, float]
-    ) -> tuple[float, tuple[str, ...]]:
-        """How long a clip is whose streams were read up to ``end``, and its truncated files."""
-        slack = (1 - _SHORT) * self.spec.seconds
+    @property
+    def _slack(self) -> float:
+        return (1 - _SHORT) * self.spec.seconds
 
-        def ended(media: MediaFile | None, kind: str) -> bool:
-            return media is not None and media.ends.get(kind, np.inf) < end[kind] - slack
-
-        if not (ended(audio, "audio") or ended(video, "video")):
-            return duration, ()
-        files = {media.path: media for media in (audio, video) if media is not None}
-        there = {path: media.measure() for path, media in files.items()}
-        truncated = tuple(p for p, media in files.items() if max(there[p].values()) < media.info.duration - slack)
-        # The last frame stays until the file ends; an audio stream without any is none
-        limits = [max(there[video.path].values())] if video is not None and video.info.has_video else []
-        if audio is not None and audio.info.has_audio:
-            limits.append(min(there[audio.path]["audio"], audio.ends.get("audio", np.inf)))
-        shortest = min((limit for limit in limits if limit > 0), default=duration)
-        return (shortest if shortest < duration - slack else duration), truncated
-
-    def _remember(self, index: int) -> _Decoded:
+    def _remember(self, index: int) -> Whole:
         if index not in self._cached:
             self._fill(index)
         found = self._cached[index]
@@ -230,32 +221,16 @@ class ClipDataset(Dataset[Sample | Failure]):
             self._cached[index] = error
         return index
 
-    def _decode_all(self, clip: Clip) -> _Decoded:
-        with ExitStack() as stack:
-            audio, video = _open(clip, stack)
-            duration = _duration(audio, video)
-            waveform = audio.audio(sample_rate=self.spec.sample_rate) if audio is not None else None
-            times, frames = self._spread(clip, video, duration)
-            there, truncated = self._settle(audio, video, duration, {"audio": duration, "video": times[-1]})
-            if there < duration:
-                duration = there
-                times, frames = self._spread(clip, video, duration)
-        if frames is not None:
-            size = int(_CACHED_SIZE * self.spec.image_size)
-            frames = resize_short_side(frames, size) if min(frames.shape[-2:]) > size else frames
-            frames = frames.contiguous()
-        return _Decoded(_non_empty(waveform), frames, times, duration, truncated)
+    def _decode_all(self, clip: Clip) -> Whole:
+        size = int(_CACHED_SIZE * self.spec.image_size)
 
-    def _spread(self, clip: Clip, video: MediaFile | None, duration: float) -> tuple[list[float], Tensor | None]:
-        """Times of the frames that a cache keeps, and the frames."""
-        rate = video.info.frame_rate if video is not None else 0.0
-        count = self.spec.enough(duration, _CACHED_FRAMES)
-        count = count if rate <= 0 else min(count, max(1, round(duration * rate)))
-        count = _STILLS if clip.frames_dir is not None else count
-        times = [duration * (i + 0.5) / count for i in range(count)]
-        return times, _frames(clip, video, times, duration)
+        def count(duration: float, rate: float) -> int:
+            count = self.spec.enough(duration, _CACHED_FRAMES)
+            return count if rate <= 0 else min(count, max(1, round(duration * rate)))
 
-    def _cut(self, clip: _Decoded, rng: np.random.Generator | None) -> _Cut:
+        return decode_whole(clip, sample_rate=self.spec.sample_rate, short_side=size, count=count, slack=self._slack)
+
+    def _cut(self, clip: Whole, rng: np.random.Generator | None) -> _Cut:
         start, times = self.spec.window(clip.duration, self.spec.draw(rng))
         waveform, frames = clip.waveform, clip.frames
         if waveform is not None:
@@ -264,6 +239,64 @@ class ClipDataset(Dataset[Sample | Failure]):
         if frames is not None:
             frames = frames[[int(np.argmin(np.abs(np.asarray(clip.times) - time))) for time in times]]
         return waveform, frames, self._short(clip.duration), clip.truncated
+
+
+def decode_whole(
+    clip: Clip, *, sample_rate: int, short_side: int, count: Callable[[float, float], int], slack: float
+) -> Whole:
+    """All audio of a clip, and frames spread over it.
+
+    Args:
+        clip: which.
+        sample_rate: of the audio, in Hz.
+        short_side: of the frames in pixels, at most.
+        count: (duration, frames per second or 0) -> how many frames; extracted stills are ten, whatever it says.
+        slack: seconds by which a file may end before its header says.
+
+    Raises:
+        MediaError: its files cannot be read.
+    """
+
+    def spread(video: MediaFile | None, duration: float) -> tuple[list[float], Tensor | None]:
+        rate = video.info.frame_rate if video is not None else 0.0
+        number = _STILLS if clip.frames_dir is not None else count(duration, rate)
+        times = [duration * (i + 0.5) / number for i in range(number)]
+        return times, _frames(clip, video, times, duration)
+
+    with ExitStack() as stack:
+        audio, video = _open(clip, stack)
+        duration = _duration(audio, video)
+        waveform = audio.audio(sample_rate=sample_rate) if audio is not None else None
+        times, frames = spread(video, duration)
+        there, truncated = _settle(audio, video, duration, {"audio": duration, "video": times[-1]}, slack)
+        if there < duration:
+            duration = there
+            times, frames = spread(video, duration)
+    if frames is not None:
+        frames = resize_short_side(frames, short_side) if min(frames.shape[-2:]) > short_side else frames
+        frames = frames.contiguous()
+    return Whole(_non_empty(waveform), frames, times, duration, truncated)
+
+
+def _settle(
+    audio: MediaFile | None, video: MediaFile | None, duration: float, end: dict[str, float], slack: float
+) -> tuple[float, tuple[str, ...]]:
+    """How long a clip is whose streams were read up to ``end``, and its truncated files."""
+
+    def ended(media: MediaFile | None, kind: str) -> bool:
+        return media is not None and media.ends.get(kind, np.inf) < end[kind] - slack
+
+    if not (ended(audio, "audio") or ended(video, "video")):
+        return duration, ()
+    files = {media.path: media for media in (audio, video) if media is not None}
+    there = {path: media.measure() for path, media in files.items()}
+    truncated = tuple(p for p, media in files.items() if max(there[p].values()) < media.info.duration - slack)
+    # The last frame stays until the file ends; an audio stream without any is none
+    limits = [max(there[video.path].values())] if video is not None and video.info.has_video else []
+    if audio is not None and audio.info.has_audio:
+        limits.append(min(there[audio.path]["audio"], audio.ends.get("audio", np.inf)))
+    shortest = min((limit for limit in limits if limit > 0), default=duration)
+    return (shortest if shortest < duration - slack else duration), truncated
 
 
 @dataclass(frozen=True)
