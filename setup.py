@@ -53,6 +53,7 @@ setup(
         "dev": ["ruff", "mypy", "pre-commit", "tensorboard"],
         "flash": ["flash-attn"],
         "xformers": ["xformers"],
+        "shards": ["ray[data]"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

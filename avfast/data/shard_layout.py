@@ -189,7 +189,8 @@ def index_bytes(shards: Iterator[list[Entry]], identity: str) -> bytes:
         joined["labels"] = joined["labels"].astype(np.uint16)
     if (joined["weight"] == 1).all():
         del joined["weight"]
-    return save(joined | {"shard_first": np.array(firsts, np.int64)}, {"set": identity, "format": str(FORMAT)})
+    joined["shard_first"] = np.array(firsts, np.int64)
+    return save(joined, {"set": identity})  # nothing else: several would come in any order
 
 
 _COLUMNS = tuple("block duration has_audio weight sizes sizes_end labels labels_end keys keys_end".split())

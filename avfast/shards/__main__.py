@@ -1,4 +1,9 @@
-"""``python -m avfast.shards build``: clips in, a shard set out."""
+"""Shard sets: clips decoded once, read back many times faster.
+
+python -m avfast.shards build --data CLIPS --out DIR    builds a set, or what is missing of it
+python -m avfast.shards verify DIR                      names what is damaged
+python -m avfast.shards info DIR                        says what is in it
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from avfast.data.shard_layout import ShardSettings
 
@@ -13,52 +19,87 @@ _SETTINGS = {
     "sample_rate": "of the audio, in Hz",
     "frames": "frames of a clip, in the middles of equal parts",
     "fps": "in their place, frames per second, for models of video",
-    "short_side": "of the frames, in pixels",
+    "short_side": "of the frames, in pixels; smaller ones stay as they are",
     "quality": "of their JPEGs, 1 to 100",
 }
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m avfast.shards", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="build a shard set, or what is missing of it")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m avfast.shards", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    build = commands.add_parser("build", help="build a set, or what is missing of it")
     build.add_argument("--data", nargs="+", required=True, metavar="CLIPS", help="folders, media files, manifests")
     build.add_argument("--out", required=True, metavar="DIR", help="folder of the set; an unfinished one is completed")
-    build.add_argument("--class_csv", help="classes of the manifests: index,mid,display_name")
-    build.add_argument("--weights_csv", nargs="+", default=(), help="sampling weights, a CSV per manifest")
-    build.add_argument("--shard_bytes", type=float, default=1e9, help="about how large a shard is (default 1e9)")
+    build.add_argument("--class_csv", metavar="FILE", help="classes of the manifests: index,mid,display_name")
+    build.add_argument("--weights_csv", nargs="+", default=(), metavar="FILE", help="weights, a CSV per manifest")
+    build.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+    build.add_argument("--ray", metavar="ADDRESS", help="build on this Ray cluster: an address, auto or local")
+    build.add_argument("--shard_bytes", type=float, default=1e9, metavar="N", help="of a shard, about (default 1e9)")
     for field in dataclasses.fields(ShardSettings):
-        kind = type(field.default)
-        build.add_argument(
-            f"--{field.name}",
-            type=kind,
-            default=field.default,
-            help=f"{_SETTINGS[field.name]} (default {field.default})",
-        )
+        doc = f"{_SETTINGS[field.name]} (default {field.default})"
+        build.add_argument(f"--{field.name}", type=type(field.default), default=field.default, metavar="N", help=doc)
+    for name, doc in (
+        ("verify", "compare it with its checksums, name what is damaged"),
+        ("info", "what it holds"),
+    ):
+        commands.add_parser(name, help=doc).add_argument("folder", metavar="DIR")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, 1 for something amiss, 2 for wrong arguments, 130 for ^C."""
+    """The command line. Returns the exit code: 0, 1 for damage or lost shards, 2 for wrong arguments, 130 for ^C."""
+    from avfast.shards.pool import BuildError
+    from avfast.shards.verify import info
+
     given = _parser().parse_args(arguments)
     try:
-        return _build(given)
-    except (ValueError, OSError) as error:
-        print(f"avfast: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        if given.command == "build":
+            _build(given)
+        elif given.command == "info":
+            print(info(given.folder))
+        else:
+            return _verify(given.folder)
+    except (ValueError, OSError, ImportError, BuildError) as error:
+        return _fail(str(error), 1 if isinstance(error, BuildError) else 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on", 130)
+    return 0
 
 
-def _build(given: argparse.Namespace) -> int:
+def _verify(folder: str) -> int:
+    from avfast.shards.verify import verify
+
+    whole = True
+    for line in verify(folder, progress=sys.stderr.isatty()):
+        print(line, flush=True)
+        whole = False
+    advice = "delete damaged shards and build again: only what is missing is built"
+    print(f"{folder}: {'as it was built' if whole else advice}")
+    return int(not whole)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"avfast: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _build(given: argparse.Namespace) -> None:
     from avfast.data.manifest import read_all
-    from avfast.shards.build import build
+    from avfast.data.shard_layout import UNREADABLE
+    from avfast.shards import build, pool
 
+    if given.workers < 0:
+        raise ValueError(f"--workers: expected 0 or more, got {given.workers}")
     settings = ShardSettings(**{name: getattr(given, name) for name in _SETTINGS})
     clips = read_all(given.data, given.class_csv, given.weights_csv, source="--data")
-    built = build(clips, given.out, settings=settings, shard_bytes=given.shard_bytes)
-    print(
-        f"{given.out}: {built['clips']['built']} of {built['clips']['listed']} clips in {len(built['shards'])} shards"
-    )
-    return 0
+    run = partial(pool.ray, address=given.ray) if given.ray else partial(pool.processes, workers=given.workers)
+    built = build(clips, given.out, settings=settings, shard_bytes=given.shard_bytes, run=run)
+    counts, shards = built["clips"], built["shards"]
+    size = sum(shard["bytes"] for shard in shards) / 1e9
+    print(f"{given.out}: {counts['built']} of {counts['listed']} clips in {len(shards)} shards, {size:.3g} GB")
+    if bad := counts["listed"] - counts["built"]:
+        print(f"{given.out}: {bad} clips could not be read: see {UNREADABLE}")
 
 
 if __name__ == "__main__":

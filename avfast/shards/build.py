@@ -270,8 +270,9 @@ def _typical_size(clips: Sequence[Clip], settings: ShardSettings) -> float:
     sizes = []
     for i in range(min(len(clips), _SAMPLE)):
         clip = clips[i * len(clips) // min(len(clips), _SAMPLE)]
+        path = clip.video_path or clip.audio_path
         try:
-            info = probe(clip.video_path or clip.audio_path) if clip.video_path or clip.audio_path else None
+            info = probe(path) if path else None
         except MediaError:
             continue
         seconds = 10.0 if info is None else info.duration
