@@ -1,6 +1,7 @@
 """One paper, one file."""
 
 from avfast.models.audio_mae import AudioMAE
+from avfast.models.avbert import AVBERT
 from avfast.models.avsiam import AVSiam
 from avfast.models.cav_mae import CAVMAE
 from avfast.models.contract import Draws, Features, Figures, Model, Output
@@ -9,6 +10,7 @@ from avfast.models.mavil import DiffMAViL, MAViL
 from avfast.models.registry import create_model, list_models
 
 __all__ = [
+    "AVBERT",
     "AVSiam",
     "AudioMAE",
     "CAVMAE",

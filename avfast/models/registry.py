@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from avfast.models.audio_mae import AudioMAE
+from avfast.models.avbert import AVBERT
 from avfast.models.avsiam import AVSiam
 from avfast.models.cav_mae import CAVMAE
 from avfast.models.contract import Model
@@ -23,6 +24,12 @@ TINY_LISTENER = {
     "decoder_num_heads": 4,
 }  # fmt: skip
 TINY_VIDEO = {**TINY_LISTENER, "img_size": 64, "num_frames": 8}
+TINY_SEQUENCE = {
+    "num_clips": 8, "clip_frames": 4, "img_size": 32, "audio_size": (32, 32), "embed_dim": 96, "depth": 2,
+    "num_heads": 4, "rank": 32, "cnn_norm": "group", "visual_args": {"width": 16, "depths": (1, 1, 1, 1), "alpha": 2},
+    "audio_args": {"width": 8, "depths": (1, 1, 1, 1)}, "mep_dim": 64, "num_negatives": 16, "pool_size": 4,
+    "frontend": {"sample_rate": 16000},
+}  # fmt: skip
 LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 HUGE = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
 
@@ -47,6 +54,18 @@ PRESETS: dict[str, tuple[Callable[..., Model], dict[str, Any]]] = {
     "mavil_base": (MAViL, {}),
     "diffmavil_tiny": (DiffMAViL, TINY_VIDEO),
     "diffmavil_base": (DiffMAViL, {}),
+    "avbert_tiny": (AVBERT, TINY_SEQUENCE),
+    "avbert_base": (AVBERT, {}),
+    "avbert_released": (
+        AVBERT,
+        {
+            "num_clips": 21,
+            "audio_size": (128, 80),
+            "cnn": "released",
+            "dropout": 0.1,
+            "frontend": {"clip_seconds": 64 / 30, "masked_share": 0.05},
+        },
+    ),
 }
 
 
