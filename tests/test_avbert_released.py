@@ -11,7 +11,8 @@ from helpers import assert_close
 from released import Released
 
 from avfast.checkpoints import load_into, rename
-from avfast.nn import AudioResNet, VideoResNet
+from avfast.nn import AudioResNet, SharedLowRankTransformer, VideoResNet
+from avfast.ops import low_rank_linear, skew_exp
 from avfast.released import avbert
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -117,3 +118,71 @@ def test_visual_network_gives_the_released_features(dtype):
     network = VideoResNet()
     load_into(network, rename(released.part("visual_conv."), avbert.VISUAL))
     check_network(released, network.to(dtype).eval(), released.input("d.visual")[0], "d.pool_visual", slice(0, 5))
+
+
+MODALITIES = ("visual", "audio", "multi")
+
+
+@pytest.fixture(scope="module", params=TOLERANCE, ids=["float32", "float64"])
+def released(request) -> ReleasedAVBERT:
+    return ReleasedAVBERT(request.param)
+
+
+@pytest.fixture(scope="module")
+def transformer(released) -> SharedLowRankTransformer:
+    model = SharedLowRankTransformer()
+    load_into(model, avbert.low_rank_transformer(released.part("transformer.")))
+    return model.to(released.dtype).eval()
+
+
+@torch.no_grad()
+def test_low_rank_projections_give_the_released_values(released, transformer):
+    released.check("a.sigma", skew_exp(transformer.skew))
+    kinds = {"qkv": ("query", "key", "value"), "proj": ("dense",), "fc1": ("ffn",), "fc2": ("ffn_output",)}
+    for projection, names in kinds.items():
+        x = released.input("a.x3072" if projection == "fc2" else "a.x768")
+        out, low = [], []
+        for factors in transformer.factors():
+            v, g, bias = factors[projection]
+            out.append(low_rank_linear(x, v, g, bias))
+            low.append(torch.nn.functional.normalize((x @ v.mT).unflatten(-1, g.shape[:2]), dim=-1))
+        for chunk, name in enumerate(names):
+            released.check(f"a.out.{name}", torch.stack(out)[..., chunk, :])
+            released.check(f"a.lowrank.{name}", torch.stack(low)[..., chunk, :])
+
+
+@torch.no_grad()
+def test_transformers_give_the_released_tokens_of_every_layer(released, transformer):
+    factors = transformer.factors()
+    for i, name in enumerate(MODALITIES):
+        layers = []
+        handle = transformer.mlp[0].register_forward_hook(lambda module, args, out, layers=layers: layers.append(out))
+        released.check(f"b.out_{name}", transformer(released.input(f"b.emb_{name}"), i, factors))
+        released.check(f"b.hidden_{name}", torch.stack(layers))
+        handle.remove()
+
+
+@torch.no_grad()
+def test_transformers_give_the_released_tokens_where_attention_is_sharp(released):
+    state = released.part("transformer.")
+    for name in ("query", "key"):
+        key = f"{avbert.SHARED}attention.factor_{name}.s_linear.weight"
+        state[key] = 12 * state[key].to(released.dtype)
+    model = SharedLowRankTransformer().to(released.dtype).eval()
+    load_into(model, avbert.low_rank_transformer(state))
+    for i, name in enumerate(MODALITIES):
+        released.check(f"g.out_{name}", model(released.input(f"b.emb_{name}"), i))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@torch.no_grad()
+def test_transformers_that_share_nothing_give_the_released_tokens(dtype):
+    released = ReleasedAVBERT(dtype)
+    keys = [(key, shape) for key, shape, _ in released.manifest["group_f_state_dict"]["tensors"]]
+    state = {key.removeprefix("avbert."): released.weight(key, shape) for key, shape in keys}
+    model = SharedLowRankTransformer(sharing="none")
+    load_into(model, avbert.separate_transformers(state))
+    model = model.to(dtype).eval()
+    for i, name in enumerate(MODALITIES):
+        released.check(f"f.out_{name}", model(released.input(f"f.emb_{name}"), i))

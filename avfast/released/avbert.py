@@ -100,8 +100,8 @@ def _rotated(v: Tensor, base: Tensor) -> Tensor:
 
 
 def separate_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights for :class:`avfast.nn.SharedLowRankTransformer` that shares nothing, from its three trees: ``single_visual_``,
-    ``single_audio_`` and ``multi_transformer.*``.
+    """Weights for :class:`avfast.nn.SharedLowRankTransformer` that shares nothing, from ``single_visual_transformer.*``
+    and its siblings.
 
     Raises:
         ValueError: listing missing and unknown keys.
