@@ -408,7 +408,7 @@ def test_a_failing_process_says_why(tmp_path):
 
 
 def test_wrong_arguments_are_named(small):
-    with pytest.raises(ValueError, match="unknown demo set 'huge', expected one of tiny, field, multi, duets"):
+    with pytest.raises(ValueError, match="unknown demo set 'huge', expected one of tiny, field, multi, duets, long"):
         build("huge")
     with pytest.raises(ValueError, match="got -1 and 256"):
         build("tiny", clips=-1)

@@ -4,6 +4,7 @@
     demo.train, demo.test               # CAV-MAE manifests, read like those of any other clips
     demo.scenes("test")[0].mask(0.5, (64, 64))
     demo.scenes("test")[0].waves().sources
+    build("long").films("test")[0].events    # films of eight clips, whose classes are orders of events
 
 ``python -m avfast.demo`` prints what chance, perfect knowledge and shortcuts reach on them.
 """
@@ -14,7 +15,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .sampling import HELD_OUT_PAIRS, PRESETS, SPLITS, Preset, is_test, sample
+from .long import Film, film_class_names, read_films
+from .sampling import HELD_OUT_PAIRS, PRESETS, SPLITS, Preset, is_test, sample, sample_films
 from .scene import ARTICULATIONS, COLOURS, INSTRUMENTS, NUM_CLASSES, Scene, Source, class_names, read_scenes
 from .synth import Waves
 from .write import build_folder, cache_folder
@@ -27,14 +29,17 @@ __all__ = [
     "NUM_CLASSES",
     "PRESETS",
     "DemoSet",
+    "Film",
     "Preset",
     "Scene",
     "Source",
     "Waves",
     "build",
     "class_names",
+    "film_class_names",
     "is_test",
     "sample",
+    "sample_films",
 ]
 
 
@@ -58,17 +63,26 @@ class DemoSet:
 
     @property
     def class_csv(self) -> Path:
-        """``index,mid,display_name`` of the 32 classes."""
+        """``index,mid,display_name`` of the classes: 32, or 12 of films."""
         return self.root / "classes.csv"
 
     def scenes(self, split: str) -> list[Scene]:
         """What happens in the clips of ``"train"`` or ``"test"``, in the manifest's order."""
+        return read_scenes(self._truth(split, films=False))
+
+    def films(self, split: str) -> list[Film]:
+        """What happens in the films of ``"train"`` or ``"test"``, in the manifest's order."""
+        return read_films(self._truth(split, films=True))
+
+    def _truth(self, split: str, films: bool) -> Path:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-        return read_scenes(self.root / f"{split}.jsonl")
+        if films != (self.preset.clips > 1):
+            raise ValueError(f"{self.preset.name!r} is a set of {'scenes' if films else 'films'}, ask for these")
+        return self.root / f"{split}.jsonl"
 
-    def path(self, scene: Scene) -> Path:
-        """The media file of a scene."""
+    def path(self, scene: Scene | Film) -> Path:
+        """The media file of a scene or film."""
         return self.root / "clips" / f"{scene.id}.mp4"
 
 
@@ -86,7 +100,8 @@ def build(
 
     Args:
         name: ``tiny`` (64 x 64, 2 s), ``field`` (320 x 240, 10 s), ``multi`` (as tiny, 1 to 3 sounding instruments,
-            Zipf frequencies), ``duets`` (as tiny; test pairs never sound together in training), or a Preset.
+            Zipf frequencies), ``duets`` (as tiny; test pairs never sound together in training), ``long`` (films of
+            eight clips of 1 s), or a Preset.
         root: folder of the sets; default ``$AVFAST_CACHE/demo``, AVFAST_CACHE being ``~/.cache/avfast`` if unset.
         clips: training clips, default the preset's (1,000).
         test_clips: held-out clips, default the preset's (256).

@@ -7,7 +7,8 @@ measured (:mod:`avfast.tasks`). Only the command imports this file, so the clips
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from avfast.data.media import read_audio, read_frames
 from avfast.tasks.retrieval import chance, recall
 
 from . import DemoSet
+from .long import EVENTS, ORDERS, Film, film_class_names
 from .scene import INSTRUMENTS, NUM_CLASSES, Scene, class_names
 
 Array = np.ndarray
@@ -24,7 +26,7 @@ RANKS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Features:
-    """Simple features of the clips of one split, in the manifest's order."""
+    """Simple features of the clips of one split, in the manifest's order; of films with a second axis, their clips'."""
 
     colour: Array  # (clips, 6): mean and spread of red, green and blue in the middle frame
     pixels: Array  # (clips, 768): that frame at 16 x 16
@@ -33,32 +35,43 @@ class Features:
 
 
 def features(demo: DemoSet, split: str) -> Features:
-    """Decodes every clip of a split."""
-    rows = []
-    for scene in demo.scenes(split):
-        frame, samples = _decode(demo, scene)
-        small = _shrink(frame)
-        bands = _bands(samples, scene.sample_rate)
-        power = np.log(np.exp(bands).sum(1))
-        change = np.abs(np.diff(bands, axis=0)).mean(0)
-        over_time = [bands.mean(0), bands.std(0), np.quantile(bands, 0.1, 0), np.quantile(bands, 0.95, 0), change]
-        rows.append(
-            (
-                np.concatenate([frame.mean((0, 1)), frame.std((0, 1))]),
-                small.ravel(),
-                [10 * np.log10(np.mean(samples**2) + 1e-9)],
-                np.concatenate([*over_time, np.quantile(power, (0.1, 0.5, 0.8, 0.9, 0.95))]),
-            )
-        )
+    """Decodes every clip or film of a split."""
+    if demo.preset.clips == 1:
+        return _table([_row(*_decode(demo, scene, 1)[0], scene.sample_rate) for scene in demo.scenes(split)])
+    films = [
+        _table([_row(*clip, film.sample_rate) for clip in _decode(demo, film, demo.preset.clips)])
+        for film in demo.films(split)
+    ]
+    return Features(*(np.stack([getattr(film, kind.name) for film in films]) for kind in fields(Features)))
+
+
+def _table(rows: list[tuple[Array, ...]]) -> Features:
     return Features(*(np.array(column, dtype=np.float64) for column in zip(*rows, strict=True)))
 
 
-def _decode(demo: DemoSet, scene: Scene) -> tuple[Array, Array]:
-    frames = read_frames(demo.path(scene), [scene.seconds / 2])
-    samples = read_audio(demo.path(scene), sample_rate=scene.sample_rate, seconds=scene.seconds)
+def _row(frame: Array, samples: Array, sample_rate: int) -> tuple[Array, ...]:
+    """The fields of :class:`Features` of one clip."""
+    bands = _bands(samples, sample_rate)
+    power = np.log(np.exp(bands).sum(1))
+    change = np.abs(np.diff(bands, axis=0)).mean(0)
+    over_time = [bands.mean(0), bands.std(0), np.quantile(bands, 0.1, 0), np.quantile(bands, 0.95, 0), change]
+    return (
+        np.concatenate([frame.mean((0, 1)), frame.std((0, 1))]),
+        _shrink(frame).ravel(),
+        np.array([10 * np.log10(np.mean(samples**2) + 1e-9)]),
+        np.concatenate([*over_time, np.quantile(power, (0.1, 0.5, 0.8, 0.9, 0.95))]),
+    )
+
+
+def _decode(demo: DemoSet, scene: Scene | Film, clips: int) -> list[tuple[Array, Array]]:
+    """Of each of so many equal parts the frame in its middle, in [0, 1], and its samples."""
+    path, length = demo.path(scene), scene.seconds / clips
+    frames = read_frames(path, [length * (k + 0.5) for k in range(clips)])
+    samples = read_audio(path, sample_rate=scene.sample_rate, seconds=scene.seconds)
     if frames is None or samples is None:
-        raise RuntimeError(f"{demo.path(scene)}: expected frames and audio, found only one of them")
-    return frames[0].numpy().astype(np.float64) / 255, samples.numpy().astype(np.float64)
+        raise RuntimeError(f"{path}: expected frames and audio, found only one of them")
+    parts = np.split(samples.numpy().astype(np.float64), clips)
+    return [(frame.numpy().astype(np.float64) / 255, part) for frame, part in zip(frames, parts, strict=True)]
 
 
 def _shrink(frame: Array) -> Array:
@@ -161,8 +174,33 @@ def readouts(train: Features, test: Features, scenes: list[Scene], test_scenes: 
     return result
 
 
+def film_ceilings() -> dict[str, float]:
+    """Best expected accuracy of naming the class of a film from what can be known of its events."""
+    return {
+        "chance": 1 / len(ORDERS),
+        "one event": 1 / (2 * (len(EVENTS) - 1)),
+        "one event, and which one it is": 1 / (len(EVENTS) - 1),
+        "both events, not their order": 1 / 2,
+        "visual alone, audio alone, both": 1.0,
+    }
+
+
+def film_shortcuts(train: Features, test: Features, films: list[Film], test_films: list[Film]) -> dict[str, float]:
+    """Class accuracy of linear classifiers over simple features of the clips, kept in order or not."""
+    labels, answers = (np.array([film.labels[0] for film in part]) for part in (films, test_films))
+    result = {}
+    for name, kind in (("mean colour", "colour"), ("pixels", "pixels"), ("spectrum", "spectrum")):
+        x, y = getattr(train, kind), getattr(test, kind)
+        lost = [np.hstack([z.mean(1), z.min(1), z.max(1), z.std(1)]) for z in (x, y)]
+        result[f"{name}, order lost"] = accuracy(lost[0], labels, lost[1], answers)
+        result[f"{name}, in order"] = accuracy(x.reshape(len(x), -1), labels, y.reshape(len(y), -1), answers)
+    return result
+
+
 def report(demo: DemoSet) -> str:
     """All of the above as text. Sets with several sounding sources get their composition and chance only."""
+    if demo.preset.clips > 1:
+        return _film_report(demo)
     scenes, test_scenes = demo.scenes("train"), demo.scenes("test")
     lines = [f"{demo.preset.name}: {demo.root}", "", *composition(scenes, test_scenes), ""]
     solos = demo.preset.sounding == (1, 1)
@@ -174,13 +212,31 @@ def report(demo: DemoSet) -> str:
     for name, row in retrieval_baselines(train, test, test_scenes).items():
         rates = "".join(f"{row[f'R@{k}']:8.3f}" for k in RANKS)
         lines.append(f"  {name:34}{rates}   median rank {row['MdR']:g}")
-    for title, table in (
-        ("class accuracy: ceilings", class_ceilings(test_scenes)),
-        ("class accuracy: linear shortcuts", class_shortcuts(train, test, scenes, test_scenes)),
-        ("attributes: linear readout", readouts(train, test, scenes, test_scenes)),
-    ):
-        lines += ["", title, *(f"  {name:44}{value:6.3f}" for name, value in table.items())]
-    return "\n".join(lines)
+    tables = {
+        "class accuracy: ceilings": class_ceilings(test_scenes),
+        "class accuracy: linear shortcuts": class_shortcuts(train, test, scenes, test_scenes),
+        "attributes: linear readout": readouts(train, test, scenes, test_scenes),
+    }
+    return "\n".join([*lines, *_printed(tables)])
+
+
+def _film_report(demo: DemoSet) -> str:
+    films, test_films = demo.films("train"), demo.films("test")
+    lines = [f"{demo.preset.name}: {demo.root}", ""]
+    for split, part in (("train", films), ("test", test_films)):
+        late = ", ".join(f"{count} by {lag}" for lag, count in sorted(Counter(film.lag for film in part).items()))
+        lines.append(f"{split}: {len(part)} films of {demo.preset.clips} clips, their sound late by clips: {late or 0}")
+    lines.append(f"{len(EVENTS)} events, {len(ORDERS)} classes: {film_class_names()[0]}, ...")
+    tables = {"class accuracy: ceilings": film_ceilings()}
+    if films and test_films:
+        shortcuts = film_shortcuts(features(demo, "train"), features(demo, "test"), films, test_films)
+        tables["class accuracy: linear shortcuts"] = shortcuts
+    return "\n".join([*lines, *_printed(tables)])
+
+
+def _printed(tables: dict[str, dict[str, float]]) -> Iterator[str]:
+    for title, table in tables.items():
+        yield from ("", title, *(f"  {name:44}{value:6.3f}" for name, value in table.items()))
 
 
 def composition(scenes: list[Scene], test_scenes: list[Scene]) -> list[str]:

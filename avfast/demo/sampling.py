@@ -4,15 +4,18 @@ Train and test are disjoint in attributes. Each of pitch, loudness, vibrato and 
 combination of cells belongs to the test set if a weighted sum of the four cell numbers is divisible by five. So a
 fifth of all combinations is never trained on, while every attribute alone has the same, uniform distribution in both.
 Instrument pairs of ``HELD_OUT_PAIRS`` sound together in test sets only.
+
+Films (:mod:`.long`) are held out by the combination with which they begin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .long import ORDERS, OTHERS, Film, Rule, event_places
 from .scene import ARTICULATIONS, COLOURS, INSTRUMENTS, NUM_CLASSES, RADIUS, Scene, Source
 
 CELLS = 10
@@ -43,6 +46,8 @@ class Preset:
     lit: tuple[float, float] = (0.75, 1.0)  # brightness of sounding objects
     dim: tuple[float, float] = (0.3, 0.6)  # of silent ones; where these ranges overlap only flashes tell
     snr_db: tuple[float, float] = (5.0, 20.0)
+    clips: int = 1  # more than one: films of so many clips, ``seconds`` in all
+    lag: int = 0  # most clips by which the sound of a film is late
 
     def __post_init__(self) -> None:
         if self.width % 2 or self.height % 2:
@@ -53,6 +58,22 @@ class Preset:
             raise ValueError(f"held_out_only needs sounding=(2, 2), got {self.sounding}")
         if self.train < 0 or self.test < 0:
             raise ValueError(f"train and test must be >= 0 clips, got {self.train} and {self.test}")
+        if self.clips > 1:
+            self._check_film()
+
+    def _check_film(self) -> None:
+        length = self.seconds / self.clips
+        if length < 0.5 or (length * self.fps) % 1 or (length * self.sample_rate) % 1:
+            raise ValueError(
+                f"a film's clips must last 0.5 s or more, whole frames and samples: got {length:.3f} s "
+                f"({self.seconds} s of {self.clips} clips)"
+            )
+        if self.lag < 0 or not event_places(self.clips, self.lag):
+            raise ValueError(
+                f"two events a third of a film apart, {self.lag} clips late, do not fit {self.clips} clips"
+            )
+        if self.sounding != (1, 1) or self.silent_share or self.off_screen_share:
+            raise ValueError("a film shows one object that sounds: sounding=(1, 1), silent_share=off_screen_share=0")
 
 
 PRESETS = {
@@ -62,6 +83,7 @@ PRESETS = {
         Preset("field", width=320, height=240, fps=25, seconds=10.0, sample_rate=44100),
         Preset("multi", sounding=(1, 3), zipf=True),
         Preset("duets", sounding=(2, 2), held_out_only=True),
+        Preset("long", seconds=8.0, clips=8, lag=2, silent_share=0.0, off_screen_share=0.0),
     )
 }
 
@@ -74,13 +96,8 @@ def is_test(pitch: float, loudness: float, vibrato: float, background: float) ->
 
 def sample(preset: Preset, split: str, seed: int) -> list[Scene]:
     """All scenes of one split, a pure function of the arguments."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    count = preset.train if split == "train" else preset.test
-    key = [seed, SPLITS.index(split)]
-    plan = np.random.default_rng([*key, 0])
-    blocks = [plan.permutation(NUM_CLASSES) for _ in range(-(-count // NUM_CLASSES))]
-    balanced = np.array(blocks, dtype=int).reshape(-1)[:count]
+    count, key, plan = _plan(preset, split, seed)
+    balanced = _balanced(plan, count, NUM_CLASSES)
     silent = plan.permutation(count) < round(count * preset.silent_share)
     off_screen = plan.permutation(count) < round(count * preset.off_screen_share)
     return [
@@ -97,6 +114,70 @@ def sample(preset: Preset, split: str, seed: int) -> list[Scene]:
     ]
 
 
+def sample_films(preset: Preset, split: str, seed: int) -> list[Film]:
+    """All films of one split, a pure function of the arguments."""
+    count, key, plan = _plan(preset, split, seed)
+    return [
+        _film(preset, split, f"{split}_{index:05d}", int(label), np.random.default_rng([*key, 1, index]))
+        for index, label in enumerate(_balanced(plan, count, len(ORDERS)))
+    ]
+
+
+def _plan(preset: Preset, split: str, seed: int) -> tuple[int, list[int], np.random.Generator]:
+    """How many, the seed of each but its index, and what draws for the whole split."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    key = [seed, SPLITS.index(split)]
+    return preset.train if split == "train" else preset.test, key, np.random.default_rng([*key, 0])
+
+
+def _balanced(plan: np.random.Generator, count: int, classes: int) -> np.ndarray:
+    blocks = [plan.permutation(classes) for _ in range(-(-count // classes))]
+    return np.array(blocks, dtype=int).reshape(-1)[:count]
+
+
+def _attributes(split: str, background: float, rng: np.random.Generator) -> np.ndarray:
+    """Pitch, loudness and vibrato, which the split allows beside the background."""
+    while True:
+        pitch, loudness, vibrato = found = rng.random(3)
+        if is_test(pitch, loudness, vibrato, background) == (split == "test"):
+            return found
+
+
+def _film(preset: Preset, split: str, id: str, label: int, rng: np.random.Generator) -> Film:
+    clip = replace(preset, seconds=preset.seconds / preset.clips, clips=1)
+    lag = int(rng.integers(preset.lag + 1))
+    places = event_places(preset.clips, lag)
+    events = places[rng.integers(len(places))]
+    background, noise_hz, snr_db = rng.random(), float(200 * 20 ** rng.random()), float(rng.uniform(*preset.snr_db))
+    drift = (float(rng.uniform(-0.4, 0.4)), float(rng.uniform(-0.4, 0.4)))
+    look = int(rng.choice(OTHERS)) * 4 + int(rng.integers(4))
+    first = _source(clip, look, _attributes(split, background, rng), [], True, True, rng)
+    pitch, x = rng.uniform(0.1, 0.3, 2) * rng.choice([-1, 1], 2)
+    rule = Rule(float(pitch), float(x))
+    sources = [rule.at(first, step) for step in range(preset.clips + lag)]
+    for place, instrument in zip(events, ORDERS[label], strict=True):
+        sources[place + lag] = replace(sources[place + lag], instrument=instrument)
+    scenes = [
+        Scene(
+            id=f"{id}.{step}",
+            seed=int(rng.integers(2**62)),
+            width=clip.width,
+            height=clip.height,
+            fps=clip.fps,
+            seconds=clip.seconds,
+            sample_rate=clip.sample_rate,
+            background=background,
+            drift=drift,
+            snr_db=snr_db,
+            noise_hz=noise_hz,
+            sources=(source,),
+        )
+        for step, source in enumerate(sources)
+    ]
+    return Film(id, lag, events, rule, tuple(scenes))
+
+
 def _scene(
     preset: Preset, split: str, id: str, first: int, silent: bool, off_screen: bool, rng: np.random.Generator
 ) -> Scene:
@@ -104,12 +185,9 @@ def _scene(
     background = rng.random()
     sources: list[Source] = []
     for position, label in enumerate(classes):
-        while True:
-            pitch, loudness, vibrato = rng.random(3)
-            if is_test(pitch, loudness, vibrato, background) == (split == "test"):
-                break
+        attributes = _attributes(split, background, rng)
         visible = not (off_screen and position == 0)
-        sources.append(_source(preset, label, (pitch, loudness, vibrato), sources, True, visible, rng))
+        sources.append(_source(preset, label, attributes, sources, True, visible, rng))
     if silent:
         taken = {s.instrument for s in sources}
         free = [i for i in range(len(INSTRUMENTS)) if i not in taken]

@@ -16,7 +16,7 @@ attribute      seen                       heard
 
 Two vary in time: the object flashes at every onset, and moves up and down with the glissando.
 
-A longer work (a video made of one-second clips, a sentence of words) is a list of scenes; nothing here knows about it.
+A longer work (a film made of one-second clips, see :mod:`.long`) is a list of scenes; nothing here knows about it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from .render import Renderer
 from .render import mask as visible
 from .synth import Waves, waves
+
+if TYPE_CHECKING:
+    from .long import Film
 
 INSTRUMENTS = ("bell", "flute", "clarinet", "strings", "marimba", "choir", "organ", "buzzer")
 COLOURS = ("red", "blue")
@@ -216,7 +219,7 @@ def read_scenes(path: str | os.PathLike[str]) -> list[Scene]:
         return [Scene.from_json(line) for line in file]
 
 
-def write_scenes(path: str | os.PathLike[str], scenes: Sequence[Scene]) -> None:
-    """One scene per line."""
+def write_scenes(path: str | os.PathLike[str], scenes: Sequence[Scene | Film]) -> None:
+    """One scene or film per line."""
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(scene.to_json() + "\n" for scene in scenes)

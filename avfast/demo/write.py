@@ -13,13 +13,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .sampling import SPLITS, Preset, sample
-from .scene import Scene, class_names, read_scenes, write_scenes
+from .long import Film, film_class_names
+from .sampling import SPLITS, Preset, sample, sample_films
+from .scene import Scene, class_names, write_scenes
 
 VERSION = 3  # raise it whenever the same arguments give other clips
 CLIPS = "clips"
@@ -33,8 +34,8 @@ demo.write.work(work, int(worker), int(workers))
 """
 
 
-def write_clip(scene: Scene, path: str | os.PathLike[str]) -> None:
-    """Renders and encodes one scene.
+def write_clip(scene: Scene | Film, path: str | os.PathLike[str]) -> None:
+    """Renders and encodes one scene or film.
 
     Decoded, the audio starts with the first sample of ``scene.waves()``; up to 1023 samples of silence fill its last
     AAC frame.
@@ -119,13 +120,16 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _fill(work: Path, preset: Preset, seed: int, workers: int, progress: bool) -> None:
-    scenes = []
+    films = preset.clips > 1
+    scenes: list[Scene | Film] = []
     with open(work / "classes.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(("index", "mid", "display_name"))
-        rows.writerows((index, _mid(index), name) for index, name in enumerate(class_names()))
+        rows.writerows(
+            (index, _mid(index), name) for index, name in enumerate(film_class_names() if films else class_names())
+        )
     for split in SPLITS:
-        part = sample(preset, split, seed)
+        part = sample_films(preset, split, seed) if films else sample(preset, split, seed)
         scenes += part
         write_scenes(work / f"{split}.jsonl", part)
         with open(work / f"{split}.json", "w", encoding="utf-8") as file:
@@ -142,7 +146,7 @@ def _mid(index: int) -> str:
     return f"/m/demo{index:02d}"
 
 
-def _entry(scene: Scene) -> dict[str, str]:
+def _entry(scene: Scene | Film) -> dict[str, str]:
     path = f"{CLIPS}/{scene.id}.mp4"
     return {
         "video_id": scene.id,
@@ -209,6 +213,7 @@ def work(folder: str, worker: int, workers: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    scenes: Sequence[Scene] = [scene for split in SPLITS for scene in read_scenes(Path(folder) / f"{split}.jsonl")]
+    lines = [line for split in SPLITS for line in (Path(folder) / f"{split}.jsonl").read_text("utf-8").splitlines()]
+    scenes = [Film.from_json(line) if "scenes" in json.loads(line) else Scene.from_json(line) for line in lines]
     for scene in scenes[worker::workers]:
         write_clip(scene, Path(folder) / CLIPS / f"{scene.id}.mp4")
