@@ -27,6 +27,7 @@ Item = tuple[int, int, int]  # index of the clip, step, position in the global b
 _STILLS = 10  # frame_0 .. frame_9 of CAV-MAE's folders
 _STILLS_SECONDS = 10.0
 _CACHED_FRAMES = 16
+_AT_ONCE = 1 << 28  # bytes of frames decoded before they are made smaller
 _CACHED_SIZE = 1.25  # short side of a cached frame, in image sizes
 _SHORT = 0.95  # a clip shorter than this share of the model's window counts as short
 
@@ -261,7 +262,10 @@ def decode_whole(
         rate = video.info.frame_rate if video is not None else 0.0
         number = _STILLS if clip.frames_dir is not None else count(duration, rate)
         times = [duration * (i + 0.5) / number for i in range(number)]
-        return times, _frames(clip, video, times, duration)
+        size = (video.info.width * video.info.height * 3) if video is not None else 0
+        step = max(1, _AT_ONCE // size) if size else number
+        parts = [_frames(clip, video, times[i : i + step], duration) for i in range(0, number, step)]
+        return times, _join([_shrunk(part, short_side) for part in parts if part is not None])
 
     with ExitStack() as stack:
         audio, video = _open(clip, stack)
@@ -272,10 +276,22 @@ def decode_whole(
         if there < duration:
             duration = there
             times, frames = spread(video, duration)
-    if frames is not None:
-        frames = resize_short_side(frames, short_side) if min(frames.shape[-2:]) > short_side else frames
-        frames = frames.contiguous()
     return Whole(_non_empty(waveform), frames, times, duration, truncated)
+
+
+def _shrunk(frames: Tensor, short_side: int) -> Tensor:
+    frames = resize_short_side(frames, short_side) if min(frames.shape[-2:]) > short_side else frames
+    return frames.contiguous()
+
+
+def _join(parts: list[Tensor]) -> Tensor | None:
+    """One tensor of them, all frames as large as the first: a stream may change its size."""
+    from torchvision.transforms.v2 import functional
+
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    size = list(parts[0].shape[-2:])
+    return torch.cat([part if list(part.shape[-2:]) == size else functional.resize(part, size) for part in parts])
 
 
 def _settle(

@@ -262,11 +262,11 @@ def open_set(folder: str | os.PathLike[str]) -> ShardSet:
     """
     path = Path(os.path.abspath(folder))
     try:
-        status = (path / BUILD).stat()
+        stats = [os.stat(path / name) for name in (BUILD, INDEX)]
     except OSError as error:
         unfinished = f"is not finished: run the same `{COMMAND}` again" if (path / WORK / PLAN).is_file() else ""
-        raise ShardError(f"{path}: {unfinished or f'no shard set ({BUILD}: {error.strerror})'}") from None
-    return _open_set(path, status.st_mtime_ns, status.st_ino)
+        raise ShardError(f"{path}: {unfinished or f'no shard set ({BUILD} or {INDEX}: {error.strerror})'}") from None
+    return _open_set(path, *(number for stat in stats for number in (stat.st_mtime_ns, stat.st_ino, stat.st_size)))
 
 
 COMMAND = "python -m avfast.shards build"
@@ -419,7 +419,7 @@ def check(data: bytes, name: str, size: int) -> str:
     """What is wrong with a member, header and content; empty if nothing is."""
     found = header(data)
     if found is None:
-        return "damaged header"
+        return "damaged header, or the index is another set's"
     if found.name != name:
         return f"missing, or the index is another set's: {found.name} stands in its place"
     if found.size != size:

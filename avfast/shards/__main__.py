@@ -1,7 +1,7 @@
 """Shard sets: clips decoded once, read back many times faster.
 
 python -m avfast.shards build --data CLIPS --out DIR    builds a set, or what is missing of it
-python -m avfast.shards verify DIR                      names what is damaged
+python -m avfast.shards verify DIR                      names what is damaged; delete such a shard and build again
 python -m avfast.shards info DIR                        says what is in it
 """
 
@@ -30,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="build a set, or what is missing of it")
     build.add_argument("--data", nargs="+", required=True, metavar="CLIPS", help="folders, media files, manifests")
-    build.add_argument("--out", required=True, metavar="DIR", help="folder of the set; an unfinished one is completed")
+    build.add_argument(
+        "--out", dest="folder", required=True, metavar="DIR", help="folder of the set; an unfinished one is completed"
+    )
     build.add_argument("--class_csv", metavar="FILE", help="classes of the manifests: index,mid,display_name")
     build.add_argument("--weights_csv", nargs="+", default=(), metavar="FILE", help="weights, a CSV per manifest")
     build.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
@@ -60,8 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(info(given.folder))
         else:
             return _verify(given.folder)
-    except (ValueError, OSError, ImportError, BuildError) as error:
-        return _fail(str(error), 1 if isinstance(error, BuildError) else 2)
+    except BuildError as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        goes_on = "; what is finished stays, and the same command goes on" if given.command == "build" else ""
+        return _fail(f"{error.filename or given.folder}: {error.strerror}{goes_on}", 1)
+    except (ValueError, ImportError) as error:
+        return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on", 130)
     return 0
@@ -70,13 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _verify(folder: str) -> int:
     from avfast.shards.verify import verify
 
-    whole = True
+    count = 0
     for line in verify(folder, progress=sys.stderr.isatty()):
         print(line, flush=True)
-        whole = False
-    advice = "delete damaged shards and build again: only what is missing is built"
-    print(f"{folder}: {'as it was built' if whole else advice}")
-    return int(not whole)
+        count += 1
+    print(f"{folder}: {f'{count} things are wrong' if count else 'as it was built'}")
+    return int(count > 0)
 
 
 def _fail(message: str, code: int) -> int:
@@ -94,12 +100,12 @@ def _build(given: argparse.Namespace) -> None:
     settings = ShardSettings(**{name: getattr(given, name) for name in _SETTINGS})
     clips = read_all(given.data, given.class_csv, given.weights_csv, source="--data")
     run = partial(pool.ray, address=given.ray) if given.ray else partial(pool.processes, workers=given.workers)
-    built = build(clips, given.out, settings=settings, shard_bytes=given.shard_bytes, run=run)
+    built = build(clips, given.folder, settings=settings, shard_bytes=given.shard_bytes, run=run)
     counts, shards = built["clips"], built["shards"]
     size = sum(shard["bytes"] for shard in shards) / 1e9
-    print(f"{given.out}: {counts['built']} of {counts['listed']} clips in {len(shards)} shards, {size:.3g} GB")
+    print(f"{given.folder}: {counts['built']} of {counts['listed']} clips in {len(shards)} shards, {size:.3g} GB")
     if bad := counts["listed"] - counts["built"]:
-        print(f"{given.out}: {bad} clips could not be read: see {UNREADABLE}")
+        print(f"{given.folder}: {bad} clips could not be read: see {UNREADABLE}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -170,11 +172,11 @@ def ray(specs: Iterator[ShardSpec], count: int, tick: Callable[[int], None], *, 
         import ray.data
     except ImportError:
         raise ImportError('--ray needs Ray: pip install "avfast[shards]"') from None
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         with package.init(address, log_to_driver=False, logging_level="error", include_dashboard=False):
-            rows = ray.data.from_items([{"spec": spec} for spec in specs], override_num_blocks=count)
+            rows = ray.data.from_items([{"spec": pickle.dumps(spec)} for spec in specs], override_num_blocks=count)
             for row in rows.map(_row).iter_rows():
                 if row["errno"]:
                     raise OSError(row["errno"], row["strerror"], row["filename"])
@@ -185,7 +187,7 @@ def ray(specs: Iterator[ShardSpec], count: int, tick: Callable[[int], None], *, 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
     """A specification built; what went wrong comes back as a value, as Ray would try again."""
-    spec = row["spec"]
+    spec = pickle.loads(row["spec"])
     error = OSError(0, "", "")
     try:
         build_shard(spec)
