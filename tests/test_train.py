@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import wave
 from dataclasses import replace
 from pathlib import Path
@@ -118,27 +119,81 @@ def test_killed_and_resumed_is_bit_for_bit(tmp_path, clips):
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed") and len(losses(tmp_path / "whole")) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(number, tmp_path, clips, monkeypatch, capfd):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_says_how_to_go_on(
+    number, code, tmp_path, clips, plain, monkeypatch, capfd
+):
     step, out, before = Trainer.step, tmp_path / "run", signal.getsignal(number)
 
     def met(self, batches, *rates):
         found = step(self, batches, *rates)
         if batches[0].step == 1:
             os.kill(os.getpid(), number)
+            if number != signal.SIGINT:
+                os.kill(os.getpid(), signal.SIGTERM)  # another one changes nothing
         return found
 
     monkeypatch.setattr(Trainer, "step", met)
-    assert main(arguments(settings(out, clips, checkpoint_every=4))) == 128 + number
+    assert main(arguments(settings(out, clips, checkpoint_every=4))) == code
     assert [p.name for p in checkpoint.complete(out / "checkpoints")] == ["step-2"]
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 2 and "stopping after this step" in said[0]
     assert f"{number.name}: " in said[1] and f"-m avfast.train --resume {out}" in said[1]
     assert signal.getsignal(number) is before
     monkeypatch.undo()
-    if number == signal.SIGTERM:
+    if number == signal.SIGUSR1:
         assert main(["--resume", str(out)]) == 0
         assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4]
+        assert_same(plain / "checkpoints/step-4", out / "checkpoints/step-4")
+
+
+def test_a_second_interrupt_ends_a_run_at_once(tmp_path, clips, monkeypatch, capfd):
+    def met(self, batches, *rates):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Trainer, "step", met)
+    assert main(arguments(settings(tmp_path / "run", clips))) == 130
+    assert "SIGINT before the first checkpoint" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_job_of_slurm_asks_to_be_started_again(tmp_path, clips, monkeypatch, capfd):
+    """After SIGUSR1 and not after SIGTERM, when the checkpoint is written; the same command then goes on."""
+    run_folder, asked = tmp_path / "run", tmp_path / "asked"
+    words = [*arguments(settings(run_folder, clips)), "--resume", "auto", "--requeue"]
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert main(words) == 2 and "SLURM_JOB_ID is not set" in capfd.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
+    assert main(words) == 2 and "needs scontrol on PATH" in capfd.readouterr().err
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" {run_folder}/checkpoints/* >> {asked}\n')
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{path}")
+    assert main([*words, "--resume", "none"]) == 2 and "--out RUN --resume auto" in capfd.readouterr().err
+    step = Trainer.step
+
+    def met(self, batches, *rates):
+        os.kill(os.getpid(), number)
+        return step(self, batches, *rates)
+
+    monkeypatch.setattr(Trainer, "step", met)
+    number = signal.SIGUSR1
+    assert main(words) == 0
+    number = signal.SIGTERM
+    assert main(words) == 0
+    said = capfd.readouterr().err
+    assert f"--resume {run_folder}; SLURM starts the job again\n" in said and said.count("starts the job") == 1
+    assert asked.read_text() == f"requeue 123 {run_folder}/checkpoints/step-1\n"
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\necho disabled >&2\nexit 1\n")
+    number = signal.SIGUSR1
+    assert main(words) == 128 + number
+    assert "; scontrol requeue 123 failed: disabled\n" in capfd.readouterr().err
+    assert [row["step"] for row in read_metrics(run_folder / "metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.slow
@@ -269,7 +324,7 @@ def test_summary_pictures_and_evaluation_of_a_checkpoint(tmp_path, clips, capsys
         assert set(summary["retrieval"][direction]) == {"R@1", "R@5", "R@10", "MdR"}
         assert 0 <= summary["retrieval"][direction]["R@1"] <= summary["retrieval"][direction]["R@5"] <= 1
     assert {"accuracy", "chance", "fused", "audio", "visual"} <= set(summary["probe"])
-    assert summary["clips_per_second"] > 0
+    assert summary["clips_per_second"] > 0 and 0 <= summary["data_wait"] <= 1
     rows = {row["step"]: row.get("knn") for row in read_metrics(tmp_path / "run/metrics.jsonl")}
     assert rows[1] is None and rows[2]["score"] == "accuracy" and rows[4] == summary["knn"]
     assert {"audio", "visual", "fused", "sum", "chance"} < set(rows[2])

@@ -57,7 +57,12 @@ def resolve(arguments: Sequence[str]) -> Config:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line. Returns the exit code: 0, 1 for a run that had to end, 2 for wrong settings, 130 for ^C."""
+    """The command line.
+
+    Returns:
+        The exit code: 0, also after SIGTERM or SIGUSR1 with a checkpoint; 1 for a run that had to end, 2 for wrong
+        settings, 130 for ^C.
+    """
     if {"-h", "--help"} & set(arguments):
         words = [word.removeprefix("--recipe=") for word in arguments]
         recipe = next((word for word in words if word in RECIPES or (":" in word and word[0] != "-")), "demo")
@@ -77,7 +82,8 @@ def main(arguments: Sequence[str]) -> int:
             run(resolve(arguments))
             parallel.stop(together=True)
         except Stopped as stopped:
-            return fail(stopped, 128 + stopped.number)
+            parallel.stop(stopped.together)
+            return fail(stopped, stopped.code)
         except Exception as error:
             ended = isinstance(error, RunError)
             if not ended and not user_error(error):

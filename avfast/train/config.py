@@ -58,6 +58,7 @@ class Config:
     resume: str | None = free(
         None, "run or checkpoint folder to continue, with its settings; 'auto': what is in --out, or a fresh start"
     )
+    requeue: bool = free(False, "under SLURM: after SIGUSR1 and the checkpoint the job asks to be started again")
     other_clips: bool = free(False, "let --resume go on with other training clips than the checkpoint's")
     seed: int = setting(0, "of weights, order, augmentation and masking", low=0, high=2**63)
 

@@ -16,7 +16,7 @@ from avfast.data.bad_files import BadFiles
 from avfast.data.clips import Batch, ClipDataset, Loader, StepBatches, make_loader
 from avfast.data.dataset import modalities
 from avfast.distributed import world_size
-from avfast.train import checkpoint, data, parallel
+from avfast.train import checkpoint, data, parallel, slurm
 from avfast.train.config import Config, SettingError
 from avfast.train.evaluate import KNN
 from avfast.train.log import Log
@@ -45,8 +45,10 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         SettingError: a setting is wrong or does not fit the checkpoint.
         RunError: too many bad files, a loss or features that are not finite.
-        Stopped: by SIGINT or SIGTERM, with a checkpoint where a step was taken.
+        Stopped: by SIGINT, SIGTERM or SIGUSR1, with a checkpoint where a step was taken.
     """
+    if config.requeue:
+        slurm.check(config)
     seed_everything(config)
     device = parallel.start(config.device)
     out = run_folder(config)
@@ -55,11 +57,22 @@ def run(config: Config) -> dict[str, Any]:
         try:
             return _run(config, device, out, signals)
         except KeyboardInterrupt:
-            raise Stopped(how_to_continue(out, signals.number), signals.number or signal.SIGINT) from None
+            raise stopped(config, out, signals) from None
         finally:
             # on every way out, so that a run that came to nothing leaves nothing
             if new and parallel.rank() == 0 and is_empty(out):
                 shutil.rmtree(out, ignore_errors=True)
+
+
+def stopped(config: Config, out: Path, signals: Signals) -> Stopped:
+    """What a run ends with that a signal has stopped: exit code 0 where it was asked for and all is kept."""
+    number = signals.number or signal.SIGINT
+    message = how_to_continue(out, number)
+    kept = number != signal.SIGINT and bool(checkpoint.complete(out / "checkpoints"))
+    if config.requeue and number == signal.SIGUSR1 and parallel.rank() == 0:
+        asked = slurm.requeue()
+        message, kept = f"{message}; {asked or 'SLURM starts the job again'}", kept and not asked
+    return Stopped(message, 0 if kept else 128 + number, signals.agreed)
 
 
 def how_to_continue(out: Path, number: int) -> str:
@@ -87,11 +100,10 @@ def _run(config: Config, device: torch.device, out: Path, signals: Signals) -> d
     try:
         introduce(run)
         loader = open_clips(run)
-        speed = fit(run, iter(loader), signals)
+        totals = fit(run, iter(loader), signals)
         short = len(set().union(*parallel.gather(loader.short)))
         truncated = sorted(set().union(*parallel.gather(loader.truncated)))
-        found = {"clips_per_second": speed, "short_clips": short, "truncated_files": truncated}
-        return finish(run, found)
+        return finish(run, totals | {"short_clips": short, "truncated_files": truncated})
     finally:
         run.log.close()
 
@@ -190,8 +202,8 @@ def open_clips(run: Run) -> Loader:
     return loader
 
 
-def fit(run: Run, loader: Iterator[Batch], signals: Signals) -> float | None:
-    """The training loop. Returns clips per second over all processes, probes and checkpoints left out."""
+def fit(run: Run, loader: Iterator[Batch], signals: Signals) -> dict[str, Any]:
+    """The training loop. Returns :meth:`Meter.totals`, probes and checkpoints left out."""
     config, trainer, schedule = run.config, run.trainer, run.schedule
     probe = None
     if config.knn_every and len(run.held_out) > 1 and run.held_out.class_names:
@@ -223,4 +235,6 @@ def fit(run: Run, loader: Iterator[Batch], signals: Signals) -> float | None:
                 raise KeyboardInterrupt
             meter.restart()
     signals.stepping = False
-    return meter.clips_per_second
+    if signals.number:  # came after the last exchange: as one that comes while the run is judged
+        raise KeyboardInterrupt
+    return meter.totals()

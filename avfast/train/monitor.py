@@ -22,31 +22,44 @@ from avfast.train.run import Run, RunError
 from avfast.train.speed import Work, peak_memory
 from avfast.train.trainer import METRICS
 
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run; the message says how to continue it."""
+    """A signal ended the run; the message says how to continue it.
 
-    def __init__(self, message: str, number: int) -> None:
+    Attributes:
+        code: the process's exit code.
+        together: whether all processes end here.
+    """
+
+    def __init__(self, message: str, code: int, together: bool) -> None:
         super().__init__(message)
-        self.number = number
+        self.code, self.together = code, together
 
 
 class Signals:
-    """SIGINT and SIGTERM while a run goes on, as a context.
+    """SIGINT, SIGTERM and SIGUSR1 while a run goes on, as a context.
 
-    While steps are taken, the first signal ends the run between two of them, the same two on every process. A second
-    one, or one at another time, raises KeyboardInterrupt at once.
+    While steps are taken, the first signal ends the run between two of them, the same two on every process; at another
+    time it raises KeyboardInterrupt at once. Later ones change nothing (SLURM and torchrun both pass SIGTERM on, so a
+    process may get it twice), but for SIGINT, which then raises KeyboardInterrupt at once.
+
+    Attributes:
+        number: of the signal that ends the run, 0 without one.
+        stepping: whether steps are taken.
+        agreed: whether every process has been told to end after the step it is at.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self.stepping = False
+        self.stepping = self.agreed = False
         self._before: dict[int, Any] = {}
         self._sent: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            self._before = {n: signal.signal(n, self._met) for n in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {n: signal.signal(n, self._met) for n in HANDLED}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -54,30 +67,35 @@ class Signals:
             signal.signal(number, handler)
 
     def _met(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number != signal.SIGINT:
+            return
         again, self.number = self.number, number
         if again or not self.stepping:
+            self.agreed = False
             raise KeyboardInterrupt
         if parallel.rank() == 0:
-            os.write(2, b"avfast: stopping after this step with a checkpoint; once more: at once\n")
+            os.write(2, b"avfast: stopping after this step with a checkpoint; ^C: at once\n")
 
     def asked(self, last: bool = False) -> bool:
-        """Whether the run is to end here. Every process calls it after each step; nothing is sent after the ``last``.
+        """Whether the run is to end here. Every process calls it after each step.
 
-        What the processes send each other after a step they read after the next, so that none of them waits.
+        What the processes send each other after a step they read after the next, so that none of them waits; after the
+        ``last`` one they do.
         """
-        if world_size() == 1:
-            return self.number > 0
-        heard = 0
+        heard = self.number if world_size() == 1 else 0
         if self._sent is not None:
             work, flag = self._sent
             work.wait()
             heard, self._sent = int(flag), None
+        if world_size() > 1 and not heard:
+            if last:
+                heard = max(parallel.gather(self.number))
+            else:
+                flag = torch.tensor([self.number])
+                self._sent = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
         if heard:
-            self.number = heard
-        elif not last:
-            flag = torch.tensor([self.number])
-            self._sent = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
-        return heard > 0
+            self.number, self.agreed = heard, True
+        return self.agreed
 
 
 class Meter:
@@ -87,7 +105,7 @@ class Meter:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.clips, self.seconds = run, 0, 0.0
+        self.run, self.clips, self.seconds, self.all_waited = run, 0, 0.0, 0.0
         self.work = Work(run.trainer)
         self.restart()
 
@@ -137,6 +155,7 @@ class Meter:
         means = dict(zip(names, np.mean(values, 0).tolist(), strict=True))
         clips = sum(counts)
         self.clips, self.seconds = self.clips + clips, self.seconds + seconds
+        self.all_waited += max(waited)
         losses = {names[i]: means[names[i]] for i in judged}
         metrics = {name.removeprefix(METRICS): value for name, value in means.items() if name not in losses}
         row = {"loss": losses.pop("loss"), "losses": losses, "metrics": metrics, "clips_per_second": clips / seconds}
@@ -146,7 +165,10 @@ class Meter:
             row |= {"flops_per_second": each * clips / seconds, "mfu": each * clips / seconds / rate}
         return row
 
-    @property
-    def clips_per_second(self) -> float | None:
-        """Of the whole run over all processes, probes and checkpoints left out; None before the first line."""
-        return self.clips / self.seconds if self.seconds else None
+    def totals(self) -> dict[str, float | None]:
+        """``clips_per_second`` over all processes and ``data_wait`` since the start; None before the first line."""
+        known = self.seconds > 0
+        return {
+            "clips_per_second": self.clips / self.seconds if known else None,
+            "data_wait": self.all_waited / self.seconds if known else None,
+        }
