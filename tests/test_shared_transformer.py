@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import assert_close
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+from avfast import flops
 from avfast.nn import SharedLowRankTransformer
 
 SCHEMES = ("none", "layers", "transformers", "all", "part", "part_att")
@@ -25,7 +33,7 @@ def transformer(sharing, **settings):
 
 
 def run(module, inputs, factors=True):
-    """The sum of all transformers' outputs, of one on inputs of its own."""
+    """Outputs of all transformers, each on inputs of its own."""
     f = module.factors() if factors else None
     return [module(x, i, f) for i, x in enumerate(inputs)]
 
@@ -181,3 +189,289 @@ def test_inputs_that_do_not_fit_are_named():
         module(torch.zeros(2, 3, 23), 0)
     with pytest.raises(ValueError, match="there are 3 transformers, from 0 on; got 3"):
         module(torch.zeros(2, 3, 24), 3)
+
+
+# What is computed once, and whether it is ever stale.
+
+
+def add_in_place(module):
+    with torch.no_grad():
+        module.skew[0, 0, 1] += 0.5
+
+
+def load(module, assign=False):
+    module.load_state_dict(transformer(module.sharing, init_std=0.2).state_dict(), assign=assign)
+
+
+def optimise(module, **settings):
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, amsgrad=True, **settings)
+    sum(out.square().sum() for out in run(module, inputs(module))).backward()
+    optimizer.step()
+
+
+def replace_u(module):
+    module.attention[0].proj.u = nn.Parameter(module.attention[0].proj.u.detach() + 1)
+
+
+def set_data(module):
+    """Twice, so that the first memory may be used again."""
+    for _ in range(2):
+        module.skew.data = module.skew.data + 0.3
+
+
+def edit_data_before_evaluation(module):
+    module.train()
+    module.skew.data += 0.3
+    module.eval()
+
+
+EDITS = {
+    "in place": add_in_place,
+    "loaded": load,
+    "loaded by assignment": lambda module: load(module, assign=True),
+    "optimised": optimise,
+    "optimised tensor by tensor": lambda module: optimise(module, foreach=False),
+    "optimised in one kernel, which counts no versions": lambda module: optimise(module, fused=True),
+    "a bias": lambda module: nn.init.normal_(module.attention[0].qkv.bias),
+    "another parameter": replace_u,
+    "other data": set_data,
+    "data before evaluation": edit_data_before_evaluation,
+    "dtype": lambda module: module.double(),
+}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("edit", EDITS)
+def test_kept_factors_are_never_stale(edit, context):
+    module = transformer("part").eval()
+    x = inputs(module)[0]
+    with context():
+        before, kept = module(x, 0), module.factors()
+        assert module.factors() is kept
+    EDITS[edit](module)
+    x = x.to(module.skew.dtype)
+    fresh = transformer("part").to(module.skew.dtype)
+    fresh.load_state_dict(module.state_dict())
+    with context():
+        after = module(x, 0)
+        assert module.factors() is not kept
+    assert torch.equal(after, fresh(x, 0))
+    assert edit == "dtype" or not torch.equal(after, before)
+
+
+def test_nothing_is_kept_where_a_change_would_not_be_seen():
+    module = transformer("part").eval()
+    with torch.no_grad():
+        kept = module.factors()
+        with torch.autocast("cpu", torch.bfloat16):
+            half = module.factors()
+        assert half[0]["qkv"][0].dtype == half[0]["qkv"][1].dtype == torch.bfloat16
+        assert module.factors()[0]["qkv"][1].dtype == torch.float32
+        assert module.factors() is not kept  # of the last dtype alone
+        module.train()
+        assert module.factors() is not module.factors()
+    with torch.inference_mode():
+        inference = transformer("part").eval()
+        first = inference(inputs(inference)[0], 0)
+        inference.skew[0, 0, 1] += 0.5
+        assert not torch.equal(inference(inputs(inference)[0], 0), first)
+
+
+@pytest.mark.parametrize("sharing", LOW_RANK)
+def test_gradients_after_evaluation_without(sharing):
+    """In evaluation mode too."""
+    module = transformer(sharing).eval()
+    given = inputs(module)
+    with torch.no_grad():
+        want = run(module, given)
+    outs = run(module, given)
+    assert all(torch.equal(a, b) for a, b in zip(outs, want, strict=True))
+    sum(out.square().sum() for out in outs).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
+def test_two_forwards_then_two_backwards():
+    module = transformer("part")
+    (first, *_), (second, *_) = inputs(module), [x.roll(1, 0).cos() for x in inputs(module)]
+    names = dict(module.named_parameters())
+
+    def gradients(out):
+        return torch.autograd.grad(out.square().sum(), names.values(), materialize_grads=True)
+
+    apart = [gradients(module(x, 0)) for x in (first, second)]
+    outs = [module(x, 0) for x in (first, second)]
+    for out, want in zip(outs, apart, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(out), want, strict=True))
+
+
+def test_a_state_dict_holds_parameters_alone():
+    module = transformer("part").eval()
+    with torch.no_grad():
+        run(module, inputs(module))
+    assert set(module.state_dict()) == {name for name, _ in module.named_parameters()}
+    copied, loaded = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    assert module._kept is not None and copied._kept is None and loaded._kept is None
+
+
+@pytest.mark.parametrize("sharing", SCHEMES)
+def test_activation_checkpointing_changes_no_bit(sharing):
+    module = transformer(sharing, dropout=0.3)
+    given = inputs(module)
+
+    def gradients():
+        torch.manual_seed(3)
+        loss = sum(out.square().sum() for out in run(module, given))
+        return torch.autograd.grad(loss, list(module.parameters()))
+
+    want = gradients()
+    module.grad_checkpointing = True
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), want, strict=True))
+
+
+def test_dropout_is_for_training():
+    module = transformer("part", dropout=0.3)
+    x = inputs(module)[0]
+    assert not torch.equal(module(x, 0), module(x, 0))
+    plain = transformer("part")
+    assert torch.equal(module.eval()(x, 0), plain(x, 0))
+
+
+class Parent(nn.Module):
+    """A model as the library's are: the transformer's methods run within its forward."""
+
+    def __init__(self, sharing):
+        super().__init__()
+        self.inner = transformer(sharing)
+
+    def forward(self, *given):
+        factors = self.inner.factors()
+        return sum(self.inner(x, i, factors).square().mean() for i, x in enumerate(given))
+
+
+def test_compiled_in_one_graph():
+    model = Parent("part")
+    given = inputs(model.inner)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    names = list(model.parameters())
+    got, want = compiled(*given), model(*given)
+    assert_close("loss", got, want, 1e-6)
+    for a, b in zip(torch.autograd.grad(got, names), torch.autograd.grad(want, names), strict=True):
+        assert_close("gradient", a, b, 1e-5, 1.0)
+    with torch.no_grad():
+        model.eval()
+        before = compiled(*given)
+        add_in_place(model.inner)
+        assert not torch.equal(compiled(*given), before)
+        assert_close("evaluated", compiled(*given), model(*given), 1e-6)
+
+
+def test_on_meta_and_made_real():
+    with torch.device("meta"):
+        module = SharedLowRankTransformer(**SIZES)
+    assert module(torch.empty(2, 5, 24, device="meta"), 2).shape == (2, 5, 24)
+    module = module.to_empty(device="cpu")
+    module.reset_parameters()
+    assert torch.isfinite(module(torch.randn(2, 5, 24), 2)).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flops_are_those_of_the_factors_once_and_of_the_tokens(device):
+    module = SharedLowRankTransformer(**SIZES).to(device)
+    given = [torch.randn(2, n, 24, device=device, requires_grad=True) for n in (3, 4, 7)]
+    tokens, pairs = 2 * (3 + 4 + 7), 2 * (9 + 16 + 49)
+    each = 4 * (6 * 24 + 6 * 24) + (24 * 6 + 6 * 48) + (48 * 6 + 6 * 24)
+    layers = 2 * (2 * tokens * each + 4 * pairs * 24)  # a pair costs twice D multiply-adds
+    folded = 2 * 3 * 6 * 6 * (5 * 24 + 48)
+    rotations = 12 * 18 * 6**3  # without squarings
+    assert flops.count(lambda: sum(x.sum() for x in run(module, given))) == layers + folded + rotations
+    got = flops.count(lambda: sum(x.sum() for x in run(module, given)), backward=True)
+    assert got == 3 * (layers + folded) + rotations * (1 + 10 / 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_factors_once_and_errs_as_plain_pytorch(dtype):
+    module = transformer("part", init_std=0.1)
+    dense = transformer("all", init_std=0.1)
+    errors = {}
+    for name, each in (("low rank", module), ("dense", dense)):
+        given = inputs(each)
+        want = run(each, given)
+        with torch.autocast("cpu", dtype):
+            got = run(each, given)
+        assert all(x.dtype == torch.float32 for x in got)
+        errors[name] = max((a - b).norm() / b.norm() for a, b in zip(got, want, strict=True))
+    assert errors["low rank"] <= max(0.005, 2 * errors["dense"])
+    with torch.autocast("cpu", dtype):
+        v, g, bias = module.factors()[1]["fc1"]
+    assert v.dtype == g.dtype == dtype and bias.dtype == torch.float32
+
+
+# Wrapped, in one process and in two.
+
+
+def steps(wrap, sharing, rows):
+    """Three steps and an evaluation after each: losses, and parameters."""
+    model = Parent(sharing)
+    wrapped = wrap(model)
+    given = [x[rows] for x in inputs(model.inner, batch=4)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(3):
+        loss = wrapped.train()(*given)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            losses += [loss.item(), wrapped.eval()(*given).item(), wrapped(*given).item()]
+            optimizer.step()  # in evaluation mode; of sharded parameters no version shows it
+            losses.append(wrapped(*given).item())
+        optimizer.zero_grad()
+    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    return torch.tensor(losses), {name: p.detach() for name, p in whole.items()}
+
+
+def group(folder, rank, size):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    mesh = init_device_mesh("cpu", (size,))
+    return {
+        "ddp": DistributedDataParallel,
+        "fsdp2": lambda model: fully_shard(model, mesh=mesh, reshard_after_forward=True),
+    }
+
+
+@pytest.fixture
+def wraps(tmp_path):
+    yield group(tmp_path, 0, 1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharing", LOW_RANK)
+def test_a_wrapped_model_trains_and_evaluates_as_a_bare_one(sharing, kind, wraps):
+    losses, parameters = steps(wraps[kind], sharing, slice(None))
+    want, exact = steps(lambda model: model, sharing, slice(None))
+    assert_close("losses", losses, want, 1e-6)
+    for name, value in exact.items():
+        assert_close(name, parameters[name], value, 1e-6, 1.0)
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    rows = slice(2 * rank, 2 * rank + 2)
+    wraps = group(folder, rank, 2)
+    torch.save(
+        {k: steps(wraps[k[0]], k[1], rows) for k in [(w, s) for w in wraps for s in LOW_RANK]}, f"{folder}/{rank}"
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_replicated_and_sharded(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    for (kind, sharing), (losses, parameters) in first.items():
+        others, same = second[kind, sharing]
+        want, exact = steps(lambda model: model, sharing, slice(None))
+        assert_close(f"{kind} {sharing} losses", (losses + others) / 2, want, 1e-5)
+        for name, value in parameters.items():
+            assert torch.equal(value, same[name]), name
+            assert_close(f"{kind} {sharing} {name}", value, exact[name], 1e-4, 1.0)

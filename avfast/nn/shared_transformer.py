@@ -111,6 +111,23 @@ class FeedForward(nn.Module):
         return self.norm(x + F.dropout(out, self.dropout, self.training))
 
 
+class _Kept:
+    """Factors, and the parameters they are of."""
+
+    def __init__(self, sources: Sequence[Tensor], dtype: torch.dtype, factors: Factors) -> None:
+        # An alias holds its memory, so that no other parameter can come to lie there.
+        self.sources = [(x.detach(), x._version) for x in sources]
+        self.state, self.factors = (dtype, torch.is_inference_mode_enabled()), factors
+
+    def fits(self, sources: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        """Whether these are the same parameters with the same values."""
+        same = (
+            x.data_ptr() == alias.data_ptr() and x._version == version
+            for x, (alias, version) in zip(sources, self.sources, strict=True)
+        )
+        return self.state == (dtype, torch.is_inference_mode_enabled()) and all(same)
+
+
 class SharedLowRankTransformer(nn.Module):
     """Several transformers on embedded tokens, with shared weights; AVBERT's are visual, audio and multimodal.
 
@@ -161,6 +178,7 @@ class SharedLowRankTransformer(nn.Module):
             raise ValueError(f"needs transformers, of one layer at least, and a rank; got {self.depths}, rank {rank}")
         self.embed_dim, self.sharing, self.rank = embed_dim, sharing, rank
         self.init_std, self.grad_checkpointing = init_std, False
+        self._kept: _Kept | None = None
         hidden, count = int(embed_dim * mlp_ratio), len(self.depths)
 
         def linear(in_features: int, out_features: int, low_rank: bool, chunks: int = 1) -> nn.Module:
@@ -221,18 +239,49 @@ class SharedLowRankTransformer(nn.Module):
     def factors(self) -> Factors | None:
         """What all layers of all transformers use, computed from the parameters once.
 
+        In evaluation mode and without gradients they are kept until a parameter has another place or version, a call
+        wants gradients, or `train()` or `eval()` is called. Call one of these after what changes parameters and not
+        their versions: edits in place of `parameter.data`, and fused optimisers. Never kept are those of parameters
+        that FSDP shards, whose versions it hides, or that are inference tensors, which have none, and what a CUDA
+        graph computes.
+
         Returns:
             V, G and biases by transformer and projection, under autocast in its dtype; None without low rank.
         """
-        if self.sharing not in ("part", "part_att"):
+        if not self.orthogonal_parameters():
             return None
         dtype = autocast_dtype(self.skew)
+        sources = [self.skew, *(p for m in self._low_rank().values() for p in (m.v, m.u, m.bias))]
+        if not self._keeps(sources):
+            self._kept = None
+            return self._compute(dtype)
+        if self._kept is None or not self._kept.fits(sources, dtype):
+            self._kept = _Kept(sources, dtype, self._compute(dtype))
+        return self._kept.factors
+
+    def _keeps(self, sources: Sequence[Tensor]) -> bool:
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if self.skew.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        plain = all(type(x) is nn.Parameter and not x.is_inference() for x in sources)
+        return plain and not getattr(self, "_is_fsdp_managed_module", False)
+
+    def _compute(self, dtype: torch.dtype) -> Factors:
         modules = self._low_rank()
         with without_autocast(self.skew):
             sigma = skew_exp(self.skew).unflatten(0, (-1, len(self.depths)))
             parts = sigma.split([module.chunks for module in modules.values()])
             found = [m.factors(part, dtype) for m, part in zip(modules.values(), parts, strict=True)]
         return [dict(zip(modules, each, strict=True)) for each in zip(*found, strict=True)]
+
+    def train(self, mode: bool = True) -> SharedLowRankTransformer:
+        """As of any module."""
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}
 
     def forward(self, x: Tensor, transformer: int, factors: Factors | None = None) -> Tensor:
         """All layers of one transformer.
