@@ -23,6 +23,7 @@ from media_files import CLICK, grey, rotate_header, shown, tone, write
 from avfast.data.bad_files import BadFiles, TooManyBadFiles
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.clips import (
+    TRAINER_SIGNALS,
     Batch,
     ClipDataset,
     Failure,
@@ -210,6 +211,7 @@ LOADER = f"""{ONE_BATCH}
 """
 BARE = f"""
 import multiprocessing, os, signal, threading, time
+TRAINER_SIGNALS = {tuple(map(int, TRAINER_SIGNALS))}
 {inspect.getsource(_end_with_trainer)}
 def worker():
     _end_with_trainer(0)

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger("avfast")
-_TRAINERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the signals that are a trainer's to answer
+TRAINER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the signals that are a trainer's to answer
 
 
 @dataclass
@@ -316,7 +316,7 @@ class Loader:
         before = set(multiprocessing.active_children())
         # What this thread holds back is held back in the fork server and its workers for good: what is sent to a whole
         # group can end neither the server nor a worker that still imports.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS)
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINER_SIGNALS)
         try:
             batches = iter(self._loader)
         finally:
@@ -390,7 +390,7 @@ def _end_with_trainer(worker: int) -> None:
     torch's own watchdog waits for the worker's parent, which here is the fork server: it lives as long as its workers.
     Signals, which a terminal and torchrun send to whole groups, are the trainer's to answer: it may need another batch.
     """
-    for number in _TRAINERS:
+    for number in TRAINER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()  # whose end closes a pipe that it alone holds open
     if trainer is None:
