@@ -165,7 +165,7 @@ def test_infonce_equals_its_definition():
             hits += all(scores[own[i, m]] >= s for s in others)
     assert_close("loss", found.loss, total, 1e-12)
     assert found.total == 4 and found.hits == hits and 0 < hits < 4
-    loss, accuracy = losses.mean(found)
+    loss, accuracy = losses.means({"mep": found})["mep"]
     assert_close("mean", loss, total / 4, 1e-12)
     assert accuracy == hits / 4
 
@@ -193,12 +193,12 @@ def test_nothing_to_predict_is_no_loss():
     head, none = losses.PredictionHead(4, 4, 4), torch.zeros(0, 2, dtype=torch.int64)
     for clips in (0, 6):
         found = head(torch.zeros(0, 2, 4), torch.zeros(clips, 4), none, torch.zeros(0, 2, clips) > 0)
-        loss, accuracy = losses.mean(found)
+        loss, accuracy = losses.means({"mep": found})["mep"]
         loss.backward()
         assert loss == 0 == accuracy and all(p.grad is not None for p in head.parameters())
     pair = losses.PairClassifier(4, 2)
     empty = torch.zeros(0, 3, 4), torch.zeros(0, 3, 4)
-    loss, _ = losses.mean(pair(empty, empty))
+    loss, _ = losses.means({"cpp": pair(empty, empty)})["cpp"]
     loss.backward()
     assert loss == 0 and all(p.grad is not None for p in pair.parameters())
 

@@ -51,7 +51,15 @@ from torch import Tensor, nn
 
 from avfast.models.avbert_draws import AVBERTDraws, Masks, Sampling
 from avfast.models.avbert_embed import Adapter, TimeEmbedding, fixed, outputs_at, take
-from avfast.models.avbert_losses import Drawn, Negatives, PairClassifier, PredictionHead, Terms, draw_negatives, mean
+from avfast.models.avbert_losses import (
+    Drawn,
+    Negatives,
+    PairClassifier,
+    PredictionHead,
+    Terms,
+    draw_negatives,
+    means,
+)
 from avfast.models.contract import Features, Figures, Output
 from avfast.nn import SharedLowRankTransformer
 from avfast.nn.audio_resnet import AudioResNet
@@ -381,7 +389,10 @@ class AVBERT(nn.Module):
                 own, chosen = take(drawn[name].own, some), take(drawn[name].chosen, some)
                 outputs = outputs_at(z[:count], take(masked[name], some) + 1)
                 parts.append(self.mep_heads["fused"](outputs, drawn[name].clips, own, chosen))
-            terms["mep_multimodal"] = parts[0] + parts[1]
+            first, second = parts
+            terms["mep_multimodal"] = Terms(
+                first.loss + second.loss, first.hits + second.hits, first.total + second.total
+            )
         if deranged is not None and "multimodal" in self.cpp_heads:
             matched, deranged = [take(z[:count], draws.matched) for z in halves], [z[count:] for z in halves]
             terms["cpp_multimodal"] = self.cpp_heads["multimodal"](*(
@@ -391,7 +402,7 @@ class AVBERT(nn.Module):
 
     def output(self, terms: dict[str, Terms]) -> Output:
         """Losses and accuracies of all processes."""
-        found = {name: mean(some) for name, some in terms.items()}
+        found = means(terms)
         losses = {name: loss for name, (loss, _) in found.items()}
         weighted = [loss * (self.cpp_weight if name.startswith("cpp") else 1.0) for name, loss in losses.items()]
         metrics = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ Negatives = Literal["similar", "dissimilar", "current_sequence", "current_miniba
 
 
 class Terms(NamedTuple):
-    """Sums over what a process has of a loss; :func:`mean` makes a loss of the global batch of them.
+    """Sums over what a process has of a loss; :func:`means` makes a loss of the global batch of them.
 
     ``loss`` and ``hits``, of which the latter has no gradient, are scalars; ``total`` says of how many.
     """
@@ -28,14 +29,18 @@ class Terms(NamedTuple):
         return Terms(self.loss + other.loss, self.hits + other.hits, self.total + other.total)
 
 
-def mean(terms: Terms) -> tuple[Tensor, Tensor]:
-    """Loss and accuracy of all processes; 0 where none of them has anything.
+def means(terms: Mapping[str, Terms]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Loss and accuracy of all processes by name, in one exchange; 0 of what none of them has.
 
     The mean over processes of the loss is the loss of the global batch.
     """
-    counts = all_sum(torch.stack([terms.hits, torch.full_like(terms.hits, terms.total)]))
-    total = counts[1].clamp(min=1)
-    return terms.loss * world_size() / total, counts[0] / total
+    sums = [x for term in terms.values() for x in (term.hits, torch.full_like(term.hits, term.total))]
+    hits, totals = all_sum(torch.stack(sums)).view(-1, 2).unbind(1)
+    totals = totals.clamp(min=1)
+    rates = hits / totals
+    return {
+        name: (term.loss * world_size() / totals[i], rates[i]) for i, (name, term) in enumerate(terms.items())
+    }  # fmt: skip
 
 
 # Negatives.
