@@ -31,8 +31,7 @@ cpp_depth             not told             none                   2 layers, one 
 cpp_positions         two                  none                   2, distinct, the same of both modalities
 deranged z            not told             none                   inputs are re-paired: each output has seen both sides
 dropout               not told             0.1                    0; of attention, its output, MLPs and embeddings
-eps                   not told             1e-12 transformers,    1e-12 (``adapter_eps`` 1e-5)
-                                           1e-5 adapters
+eps                   not told             1e-12                  1e-12
 initial values        "normal"             N(0, 0.01)             embeddings N(0, 0.02), Linear N(0, 0.01), biases 0
 frozen (B.6)          half-way             none                   what layers share with a frozen transformer goes on
 ====================  ===================  =====================  ======================================================
@@ -40,9 +39,11 @@ frozen (B.6)          half-way             none                   what layers sh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -68,6 +69,7 @@ from avfast.nn.shared_transformer import Sharing
 from avfast.nn.video_resnet import SlowFast, VideoResNet
 from avfast.packing import take_rows
 from avfast.random import DrawKey
+from avfast.released import avbert
 from avfast.tensors import float32_weights, untraced
 
 if TYPE_CHECKING:
@@ -102,8 +104,7 @@ class AVBERT(nn.Module):
             each modality, and none of both.
         modality_embedding: the multimodal transformer's input tells modalities apart (B.5).
         dropout: see the head.
-        eps: of the LayerNorms of transformers and embeddings.
-        adapter_eps: of those of the adapters.
+        eps: of all LayerNorms.
         mask_ratio: share of masked clips.
         masks: videos of a pool are masked at the same places (``"pool"``), or each at its own (``"video"``).
         target_gradient: MEP trains the CNNs through its targets too.
@@ -154,7 +155,6 @@ class AVBERT(nn.Module):
         modality_embedding: bool = True,
         dropout: float = 0.0,
         eps: float = 1e-12,
-        adapter_eps: float = 1e-5,
         mask_ratio: float = 0.15,
         masks: Masks = "pool",
         target_gradient: bool = True,
@@ -194,9 +194,7 @@ class AVBERT(nn.Module):
         video = SlowFast if cnn == "paper" else VideoResNet
         self.visual_cnn = video(**{"norm": cnn_norm, **(visual_args or {})})
         self.audio_cnn = AudioResNet(**{"norm": cnn_norm, "variant": cnn, **(audio_args or {})})
-        self.adapters = nn.ModuleDict(
-            {name: Adapter(self.cnn(name).out_features, embed_dim, adapter_eps) for name in NAMES}
-        )
+        self.adapters = nn.ModuleDict({name: Adapter(self.cnn(name).out_features, embed_dim, eps) for name in NAMES})
         parts = {"early": ("fused",), "mid": (*NAMES, "fused"), "late": NAMES}[fusion]
         self.times = nn.ModuleDict()
         for part in parts:
@@ -470,3 +468,12 @@ class AVBERT(nn.Module):
 
     def load_pretrained(self) -> None:
         """Nothing to start from: it is trained from scratch."""
+
+    @classmethod
+    def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> AVBERT:
+        """Load a released checkpoint, pre-trained or fine-tuned; classifiers are left out.
+
+        Mask vectors, MEP's heads and CPP's, which it has none of, start anew. Arguments and errors are those of
+        :meth:`avfast.AVSiam.from_released`; its 21 clips may become fewer.
+        """
+        return avbert.build(cls, checkpoint, settings)

@@ -14,6 +14,7 @@ from avfast.models.cav_mae import CAVMAE
 from avfast.models.contract import Model
 from avfast.models.deepavfusion import DeepAVFusion
 from avfast.models.mavil import DiffMAViL, MAViL
+from avfast.released import avbert
 
 TINY = {
     "img_size": 64, "patch_size": 8, "audio_size": (192, 64), "audio_patch_size": 16, "embed_dim": 128, "num_heads": 4,
@@ -56,16 +57,7 @@ PRESETS: dict[str, tuple[Callable[..., Model], dict[str, Any]]] = {
     "diffmavil_base": (DiffMAViL, {}),
     "avbert_tiny": (AVBERT, TINY_SEQUENCE),
     "avbert_base": (AVBERT, {}),
-    "avbert_released": (
-        AVBERT,
-        {
-            "num_clips": 21,
-            "audio_size": (128, 80),
-            "cnn": "released",
-            "dropout": 0.1,
-            "frontend": {"clip_seconds": 64 / 30, "masked_share": 0.05},
-        },
-    ),
+    "avbert_released": (AVBERT, avbert.SETTINGS),
 }
 
 
