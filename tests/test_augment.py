@@ -35,3 +35,12 @@ def test_crops() -> None:
     assert centre[0, 0, 0, 0].item() / 4 == pytest.approx(8, abs=1.5)
     assert centre[0, 0, 0, -1].item() / 4 == pytest.approx(55, abs=1.5)
     assert eval_crop(torch.full((1, 3, 7, 5), 50, dtype=torch.uint8), 24).unique().tolist() == [50]
+
+
+def test_many_frames_are_resized_as_one_is() -> None:
+    frames = torch.randint(256, (70, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    crop = train_crop(frames, 16, np.random.default_rng(4))
+    assert crop.shape == (70, 3, 16, 16) and eval_crop(frames, 12).shape == (70, 3, 12, 12)
+    for i in (0, 31, 32, 69):
+        assert torch.equal(crop[i], train_crop(frames[i : i + 1], 16, np.random.default_rng(4))[0])
+        assert torch.equal(eval_crop(frames, 12)[i], eval_crop(frames[i : i + 1], 12)[0])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor
+
+_AT_A_TIME = 32  # frames that are resized together: where that needs floating point, a whole video is gigabytes
 
 
 def random_crop_box(
@@ -39,7 +43,11 @@ def train_crop(
     from torchvision.transforms.v2 import functional
 
     box = random_crop_box(frames.shape[-2], frames.shape[-1], rng, scale)
-    frames = functional.resized_crop(frames, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+
+    def cropped(part: Tensor) -> Tensor:
+        return functional.resized_crop(part, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+
+    frames = _in_parts(frames, cropped)
     return functional.horizontal_flip(frames) if rng.random() < 0.5 else frames
 
 
@@ -58,4 +66,10 @@ def resize_short_side(frames: Tensor, size: int) -> Tensor:
     height, width = frames.shape[-2:]
     short = min(height, width)
     to = [max(size, round(height * size / short)), max(size, round(width * size / short))]
-    return frames if to == [height, width] else functional.resize(frames, to, InterpolationMode.BICUBIC, antialias=True)
+    if to == [height, width]:
+        return frames
+    return _in_parts(frames, lambda part: functional.resize(part, to, InterpolationMode.BICUBIC, antialias=True))
+
+
+def _in_parts(frames: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.cat([change(part) for part in frames.split(_AT_A_TIME)])

@@ -166,18 +166,20 @@ class MediaFile:
             return None
         order = sorted(range(len(times)), key=lambda i: times[i])
         targets = [times[i] for i in order]
-        shown = self._shown(targets, seek=bool(targets) and targets[0] > _SEEK_FROM and not self._reordered)
-        if shown is None:
-            shown = self._shown(targets, seek=False) or []
-        images: dict[int, Tensor] = {}
-        shape: tuple[int, int] | None = None
-        for frame in shown:
-            if id(frame) not in images:
-                images[id(frame)] = self._image(frame, shape)
-                shape = shape or (images[id(frame)].shape[0], images[id(frame)].shape[1])
-        at = dict(zip(order, shown, strict=True))
-        out = [images[id(at[i])] for i in range(len(times))]
-        return torch.stack(out) if out else torch.empty(0, 0, 0, 3).byte()
+        seek = bool(targets) and targets[0] > _SEEK_FROM and not self._reordered
+        out, last = torch.empty(0, 0, 0, 3).byte(), None
+        for attempt in [True, False] if seek else [False]:
+            # each is made RGB before the next is decoded: a minute of frames is gigabytes
+            for i, frame in zip(order, self._shown(targets, seek=attempt), strict=False):
+                if last is None:
+                    image = self._image(frame, None)
+                    out = torch.empty(len(times), *image.shape, dtype=torch.uint8)
+                elif frame is not last:
+                    image = self._image(frame, (out.shape[1], out.shape[2]))
+                out[i], last = image, frame
+            if last is not None:
+                break
+        return out
 
     def measure(self) -> dict[str, float]:
         """Seconds at which the last packet of each stream ends, by ``"audio"`` and ``"video"``. Nothing is decoded."""
@@ -355,28 +357,27 @@ class MediaFile:
             rate = stretches[-1][1]
             raise MediaError(self.path, f"its audio of {rate} Hz does not resample ({_reason(error)})") from None
 
-    def _shown(self, targets: Sequence[float], *, seek: bool) -> list[VideoFrame] | None:
-        """The frame for each of the ascending targets; None if seeking overshot the first."""
+    def _shown(self, targets: Sequence[float], *, seek: bool) -> Iterator[VideoFrame]:
+        """The frame for each of the ascending targets; none at all if seeking overshot the first."""
         if seek:
             self._seek("video", targets[0])
         else:
             self._rewind()
         problems: list[str] = []
-        shown: list[VideoFrame] = []
-        previous: VideoFrame | None = None
+        done, previous = 0, None
         for time, frame in self._decode("video", problems):
             if previous is None and seek and time > targets[0] + _ROUNDING:
-                return None
-            while len(shown) < len(targets) and targets[len(shown)] + _ROUNDING < time:
-                shown.append(frame if previous is None else previous)
+                return
+            while done < len(targets) and targets[done] + _ROUNDING < time:
+                done += 1
+                yield frame if previous is None else previous
             previous = frame
-            if len(shown) == len(targets):
-                break
-        if previous is None:
-            if seek:
-                return None
+            if done == len(targets):
+                return
+        if previous is not None:
+            yield from [previous] * (len(targets) - done)
+        elif not seek:
             raise MediaError(self.path, f"its frames do not decode ({problems[0] if problems else 'no data'})")
-        return shown + [previous] * (len(targets) - len(shown))
 
 
 def read_audio(
