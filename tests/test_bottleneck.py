@@ -135,6 +135,18 @@ def test_recomputation_changes_nothing(cls, settings, shape, norm, train):
         assert value.abs().max() > 0, key
 
 
+def test_recomputation_in_a_compiled_graph_changes_nothing():
+    x, results = torch.randn(3, 8, 8), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = AudioResNet(4, (1,), zero_init=False)
+        model.grad_checkpointing = True
+        (torch.compile(model, backend="aot_eager") if compiled else model)(x).square().sum().backward()
+        results.append({**dict(model.named_buffers()), **{k: p.grad for k, p in model.named_parameters()}})
+    for key, value in results[0].items():
+        assert_close(key, results[1][key], value, 1e-6)
+
+
 @pytest.mark.parametrize(("cls", "settings", "shape"), TINY)
 def test_recomputation_keeps_less(cls, settings, shape):
     model, kept = tiny(cls, settings), []

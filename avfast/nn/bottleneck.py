@@ -132,7 +132,9 @@ def run_stage(module: nn.Module, x: Tensor, recompute: bool) -> Tensor:
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _running_statistics_kept(module)
 
-    return checkpoint(module, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    # A compiled graph recomputes values alone, and takes no such contexts.
+    settings: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
+    return checkpoint(module, x, use_reentrant=False, preserve_rng_state=False, **settings)
 
 
 @contextmanager
