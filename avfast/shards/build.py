@@ -218,7 +218,8 @@ def build(
         done = len(clip_list) - sum(cuts[i + 1] - cuts[i] for i in missing)
         if missing:
             specs = _specs(root, clip_list, settings, cuts, missing)
-            with tqdm(total=len(clip_list), initial=done, unit="clip", desc=str(folder), disable=not progress) as bar:
+            about: dict[str, Any] = {"desc": str(folder), "unit": "clip", "mininterval": 1.0, "smoothing": 0.05}
+            with tqdm(total=len(clip_list), initial=done, disable=not progress, **about) as bar:
                 (run or in_process)(specs, len(missing), bar.update)
         return _finish(root, clip_list, plan)
 

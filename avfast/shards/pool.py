@@ -125,12 +125,18 @@ def _work(connection: Connection, spec: ShardSpec) -> None:
         parent.join()
         os._exit(1)
 
+    def say(what: OSError | None) -> None:
+        try:
+            connection.send(what)
+        except BrokenPipeError:
+            os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
     torch.set_num_threads(1)
     try:
-        build_shard(spec, partial(connection.send, None))
+        build_shard(spec, partial(say, None))
     except OSError as error:
-        connection.send(_plain(error, spec.path))
+        say(_plain(error, spec.path))
 
 
 def _plain(error: OSError, path: Path) -> OSError:
