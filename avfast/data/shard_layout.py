@@ -26,7 +26,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
-from uuid import uuid4
 
 import numpy as np
 
@@ -429,9 +428,6 @@ def check(data: bytes, name: str, size: int) -> str:
     return ""
 
 
-# -- small files ----------------------------------------------------------------------------------------------------
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file. ShardError if it cannot be read."""
     try:
@@ -443,26 +439,3 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ShardError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise ShardError(f"{path}: damaged ({error})") from None
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """All of it or nothing, also if the machine stops."""
-    part = temporary(path)
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def temporary(path: Path) -> Path:
-    """Where to write what becomes ``path``: nobody else writes there, and the next build sweeps it up."""
-    folder = path.parent if path.parent.name == WORK else path.parent / WORK
-    return folder / f"{path.name}.{uuid4().hex}.tmp"

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -37,9 +38,6 @@ from avfast.data.shard_layout import (
     member,
     read_json,
     shard_name,
-    temporary,
-    write_file,
-    write_json,
 )
 
 _SLACK = 0.5  # seconds by which a file may end before its header says
@@ -90,41 +88,34 @@ def build_shard(spec: ShardSpec, tick: Callable[[], None] = lambda: None) -> dic
     unreadable: list[dict[str, str]] = []
     truncated: list[str] = []
     digest, size = hashlib.sha256(), 0
-    part = temporary(spec.path)
-    try:
-        with part.open("wb") as file:
-            for clip, key in zip(spec.clips, spec.keys, strict=True):
-                try:
-                    whole = decode_whole(
-                        clip,
-                        sample_rate=spec.settings.sample_rate,
-                        short_side=spec.settings.short_side,
-                        count=spec.settings.count,
-                        slack=_SLACK,
-                    )
-                    if whole.waveform is None and whole.frames is None:
-                        raise MediaError(clip.path, "holds neither audio nor video")
-                except MediaError as error:
-                    unreadable.append({"id": clip.id, "path": error.path, "reason": error.reason})
-                else:
-                    contents = _contents(clip, whole, spec.settings)
-                    sizes = [len(content) for _, content in contents]
-                    labels, has_audio = [int(label) for label in clip.labels], whole.waveform is not None
-                    entry = Entry(key, size // BLOCK, sizes, whole.duration, has_audio, labels, float(clip.weight))
-                    entries.append(asdict(entry))
-                    truncated += whole.truncated
-                    data = b"".join(member(f"{key}.{name}", content) for name, content in contents)
-                    digest.update(data)
-                    size += file.write(data)
-                tick()
-            end = bytes(2 * BLOCK)
-            digest.update(end)
-            size += file.write(end)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, spec.path)
-    finally:
-        part.unlink(missing_ok=True)
+    with _written(spec.path) as file:
+        for clip, key in zip(spec.clips, spec.keys, strict=True):
+            try:
+                whole = decode_whole(
+                    clip,
+                    sample_rate=spec.settings.sample_rate,
+                    short_side=spec.settings.short_side,
+                    count=spec.settings.count,
+                    slack=_SLACK,
+                )
+                if whole.waveform is None and whole.frames is None:
+                    raise MediaError(clip.path, "holds neither audio nor video")
+            except MediaError as error:
+                unreadable.append({"id": clip.id, "path": error.path, "reason": error.reason})
+            else:
+                contents = _contents(clip, whole, spec.settings)
+                sizes = [len(content) for _, content in contents]
+                labels, has_audio = [int(label) for label in clip.labels], whole.waveform is not None
+                entry = Entry(key, size // BLOCK, sizes, whole.duration, has_audio, labels, float(clip.weight))
+                entries.append(asdict(entry))
+                truncated += whole.truncated
+                data = b"".join(member(f"{key}.{name}", content) for name, content in contents)
+                digest.update(data)
+                size += file.write(data)
+            tick()
+        end = bytes(2 * BLOCK)
+        digest.update(end)
+        size += file.write(end)
     report = {
         "bytes": size,
         "sha256": digest.hexdigest(),
@@ -132,7 +123,7 @@ def build_shard(spec: ShardSpec, tick: Callable[[], None] = lambda: None) -> dic
         "unreadable": unreadable,
         "truncated": truncated,
     }
-    write_file(_report_path(spec.path), json.dumps(report).encode())
+    _write(_report_path(spec.path), json.dumps(report).encode())
     return report
 
 
@@ -159,6 +150,30 @@ def _contents(clip: Clip, whole: Whole, settings: ShardSettings) -> list[tuple[s
         "truncated": list(whole.truncated),
     }
     return contents + [("json", json.dumps(about).encode())]
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at ``path`` whole or not at all; the next build sweeps up what a killed process leaves."""
+    folder = path.parent if path.parent.name == WORK else path.parent / WORK
+    part = folder / f"{path.name}.{uuid4().hex}.tmp"
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with _written(path) as file:
+        file.write(content)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def _report_path(shard: Path) -> Path:
@@ -262,7 +277,7 @@ def _plan(root: Path, clip_list: ClipList, settings: ShardSettings, shard_bytes:
     by_size = shard_bytes / _typical_size(clip_list.clips, settings)
     by_count = max(len(clip_list) / _PARTS, _FEWEST)
     plan = wanted | {"shards": int(np.ceil(len(clip_list) / max(1.0, min(by_size, by_count))))}
-    write_json(path, plan)
+    _write(path, _json(plan))
     return plan
 
 
@@ -315,8 +330,8 @@ def _finish(root: Path, clip_list: ClipList, plan: dict[str, Any]) -> dict[str, 
 
     identity = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     index = index_bytes(entries(), identity)
-    write_file(root / UNREADABLE, "".join(json.dumps(line) + "\n" for line in unreadable).encode())
-    write_file(root / INDEX, index)
+    _write(root / UNREADABLE, "".join(json.dumps(line) + "\n" for line in unreadable).encode())
+    _write(root / INDEX, index)
     built = {
         "format": FORMAT,
         "avfast": __version__,
@@ -333,7 +348,7 @@ def _finish(root: Path, clip_list: ClipList, plan: dict[str, Any]) -> dict[str, 
         "shards": shards,
         "classes": list(clip_list.class_names),
     }
-    write_json(root / BUILD, built)
+    _write(root / BUILD, _json(built))
     return built
 
 
