@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -221,6 +223,66 @@ def met(self, batches, *rates):
 Trainer.step = met
 command(main)
 """
+
+
+def launch(count, words):
+    """``count`` processes of one run, started as SLURM starts them: by their environment, without torchrun."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    command = [sys.executable, "-m", "avfast.train", *words]
+    return [
+        subprocess.Popen(command, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_no_signal_costs_a_step(tmp_path, clips):
+    """20 of them at random moments, to one of two processes or both: what is trained is what a run without is."""
+    out, rng = tmp_path / "run", random.Random(0)
+    config = settings(out, clips, schedule="step", workers=1, cache_media=False, checkpoint_every=10**6)
+    config = replace(config, batch_size=2, steps=10**6)  # the step schedule does not know the number of steps
+    words = [*arguments(config), "--resume", "auto"]
+    done = 0
+    for _ in range(20):
+        ranks = launch(2, words)
+        try:
+            while not (rows := read_metrics(out / "metrics.jsonl")) or rows[-1]["step"] <= done:
+                assert all(rank.poll() is None for rank in ranks)
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.5))
+            for rank in rng.choice([ranks[:1], ranks[1:], ranks, ranks[::-1]]):
+                rank.send_signal(rng.choice([signal.SIGTERM, signal.SIGUSR1]))
+            assert [rank.wait(100) for rank in ranks] == [0, 0]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        found = [row["step"] for row in read_metrics(out / "metrics.jsonl")]
+        assert found == list(range(1, found[-1] + 1)) and found[-1] > done
+        done = found[-1]
+        assert checkpoint.find(out).name == f"step-{done}"
+    whole = replace(config, out=str(tmp_path / "whole"), steps=done)
+    assert [rank.wait(600) for rank in launch(2, arguments(whole))] == [0, 0]
+    assert losses(out) == losses(tmp_path / "whole")
+    assert_same(checkpoint.find(out), checkpoint.find(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_may_change(tmp_path, clips):
+    """1, 2 and 1 again, as long as the clips of a step are as many."""
+    config = settings(tmp_path / "whole", clips, schedule="step", lr=3e-3)
+    run(replace(config, steps=12))
+    moved = replace(config, out=str(tmp_path / "moved"), resume="auto")
+    run(replace(moved, steps=4))
+    with pytest.raises(SettingError, match="over all processes 4 -> 2"):
+        run(replace(moved, steps=8, batch_size=2))
+    words = [*arguments(replace(moved, steps=8, batch_size=2)), "--resume", "auto"]
+    assert [rank.wait(200) for rank in launch(2, words)] == [0, 0]
+    summary = run(replace(moved, steps=12))
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert len(losses(tmp_path / "moved")) == 12 and summary["processes"] == 1
+    assert losses(tmp_path / "moved")[-1] < 0.95 * losses(tmp_path / "moved")[0]  # it did train
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, clips, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import signal
 import threading
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -312,7 +312,7 @@ class Loader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         before = set(multiprocessing.active_children())
         # What this thread holds back is held back in the fork server and its workers for good: what is sent to a whole
         # group can end neither the server nor a worker that still imports.

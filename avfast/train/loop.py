@@ -6,6 +6,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def _run(config: Config, device: torch.device, out: Path, signals: Signals) -> d
     try:
         introduce(run)
         loader = open_clips(run)
-        totals = fit(run, iter(loader), signals)
+        with closing(iter(loader)) as batches:  # its workers end here, also where a signal ends the run
+            totals = fit(run, batches, signals)
         short = len(set().union(*parallel.gather(loader.short)))
         truncated = sorted(set().union(*parallel.gather(loader.truncated)))
         return finish(run, totals | {"short_clips": short, "truncated_files": truncated})
