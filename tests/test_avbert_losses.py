@@ -55,9 +55,9 @@ def brute_force(x, video, clip, members, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("pool_size", [None, 3, 4])
+@pytest.mark.parametrize("pool_size", [None, 3, 6])  # of 83, 20 and 41 candidates 2, 0 and 1 are dropped on each side
 def test_weights_of_negatives_equal_a_brute_force_reference(strategy, pool_size):
-    videos, clips = 12, 8
+    videos, clips = 12, 7
     x = torch.randn(videos, clips, 6, dtype=torch.float64)
     draws = sampling(num_clips=clips, negatives=strategy, pool_size=pool_size).draw(videos, key=key(range(videos)))
     allowed = losses.candidates(draws.places, draws.places, draws.masked, clips, strategy)

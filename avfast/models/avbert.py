@@ -52,21 +52,11 @@ from torch import Tensor, nn
 
 from avfast.models.avbert_draws import AVBERTDraws, Masks, Sampling
 from avfast.models.avbert_embed import Adapter, TimeEmbedding, fixed, outputs_at, take
-from avfast.models.avbert_losses import (
-    Drawn,
-    Negatives,
-    PairClassifier,
-    PredictionHead,
-    Terms,
-    draw_negatives,
-    means,
-)
+from avfast.models.avbert_losses import Drawn, Negatives, PairClassifier, PredictionHead, Terms, draw_negatives, means
 from avfast.models.contract import Features, Figures, Output
-from avfast.nn import SharedLowRankTransformer
-from avfast.nn.audio_resnet import AudioResNet
-from avfast.nn.bottleneck import Norm
+from avfast.nn import AudioResNet, SharedLowRankTransformer, SlowFast, VideoResNet
+from avfast.nn.bottleneck import Bottleneck, Norm
 from avfast.nn.shared_transformer import Sharing
-from avfast.nn.video_resnet import SlowFast, VideoResNet
 from avfast.packing import take_rows
 from avfast.random import DrawKey
 from avfast.released import avbert
@@ -323,13 +313,11 @@ class AVBERT(nn.Module):
         first = self.checked(inputs)
         if draws is None or draws.masked.device != first.device:
             draws = self.placed(draws, inputs, first)
+        if draws.masked.shape[0] != first.shape[0]:
+            raise ValueError(f"draws are of {draws.masked.shape[0]} videos, the batch has {first.shape[0]}")
         for name, rows in draws.rows().items():
-            if draws.masked.shape[0] != first.shape[0]:
-                raise ValueError(f"draws are of {draws.masked.shape[0]} videos, the batch has {first.shape[0]}")
             if inputs[name] is None and (rows is None or rows.shape[0]):
-                raise ValueError(
-                    f"the draws mask clips of {name}, which is not given; draw with has_{name}=[False] * B"
-                )
+                raise ValueError(f"the draws mask {name}, which is not given; draw with has_{name}=[False] * B")
         factors, terms = self.transformer.factors(), {}
         sequences, drawn, masked = {}, {}, {}
         for i, name in enumerate(NAMES):
@@ -373,9 +361,8 @@ class AVBERT(nn.Module):
             matched = [take(x, draws.matched) for x in both]
             deranged = [matched[0], take_rows(both[1], draws.partner)]
             if "unimodal" in self.cpp_heads:
-                terms["cpp_unimodal"] = self.cpp_heads["unimodal"](*(
-                    [outputs_at(x, at) for x in pair] for pair in (matched, deranged)
-                ))  # fmt: skip
+                shown = ([outputs_at(x, at) for x in pair] for pair in (matched, deranged))
+                terms["cpp_unimodal"] = self.cpp_heads["unimodal"](*shown)
         if "fused" not in self.mep_heads and "multimodal" not in self.cpp_heads:
             return terms
         whole = both if deranged is None else [torch.cat(some) for some in zip(both, deranged, strict=True)]
@@ -387,15 +374,11 @@ class AVBERT(nn.Module):
                 own, chosen = take(drawn[name].own, some), take(drawn[name].chosen, some)
                 outputs = outputs_at(z[:count], take(masked[name], some) + 1)
                 parts.append(self.mep_heads["fused"](outputs, drawn[name].clips, own, chosen))
-            first, second = parts
-            terms["mep_multimodal"] = Terms(
-                first.loss + second.loss, first.hits + second.hits, first.total + second.total
-            )
+            terms["mep_multimodal"] = parts[0] + parts[1]
         if deranged is not None and "multimodal" in self.cpp_heads:
             matched, deranged = [take(z[:count], draws.matched) for z in halves], [z[count:] for z in halves]
-            terms["cpp_multimodal"] = self.cpp_heads["multimodal"](*(
-                [outputs_at(x, at) for x in pair] for pair in (matched, deranged)
-            ))  # fmt: skip
+            shown = ([outputs_at(z, at) for z in pair] for pair in (matched, deranged))
+            terms["cpp_multimodal"] = self.cpp_heads["multimodal"](*shown)
         return terms
 
     def output(self, terms: dict[str, Terms]) -> Output:
@@ -454,8 +437,6 @@ class AVBERT(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The units of sharding: bottleneck blocks, and layers of transformers that share nothing."""
-        from avfast.nn.bottleneck import Bottleneck
-
         blocks: list[nn.Module] = [m for m in self.modules() if isinstance(m, Bottleneck)]
         if self.transformer.sharing == "none":
             blocks += [*self.transformer.attention, *self.transformer.mlp]
