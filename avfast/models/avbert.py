@@ -112,7 +112,7 @@ class AVBERT(nn.Module):
         cpp_positions: clips whose outputs are classified beside BOS (B.4).
         cpp_depth: linear layers of a classifier.
         frozen: ``"audio"`` or ``"visual"``: in the first half of the training only this CNN and transformer learn, by
-            their MEP; in the second half all others do (B.6).
+            their MEP; in the second half all others do (B.6). A draw without a key is of the first.
         frontend: overrides for :class:`~avfast.data.ClipsFrontend`.
 
     Raises:

@@ -69,8 +69,10 @@ def fixed(cnn: nn.Module) -> Iterator[None]:
     training = cnn.training
     with torch.no_grad():
         cnn.eval()
-        yield
-    cnn.train(training)
+        try:
+            yield
+        finally:
+            cnn.train(training)
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
