@@ -16,8 +16,8 @@ Cells = dict[str, str]
 LINE = re.compile(r"^\| (?P<what>[^|]+?) \| `(?P<command>[^`]+)` \|(?P<run>[^|]*)\|$")
 GAIN = 1.03  # a tile is taken where it wins by more, in these cases
 SCRIPTS = (
-    "attention", "pair_attention", "masked_patch_mse", "local_attention", "low_rank", "skew_exp", "avsiam",
-    "deepavfusion",
+    "attention", "pair_attention", "masked_patch_mse", "local_attention", "low_rank", "skew_exp", "avbert",
+    "avsiam", "deepavfusion",
 )  # fmt: skip
 DECISIVE = ("n196", "n392", "n512", "mix-0-50")
 

@@ -201,7 +201,7 @@ def test_dry_round(tmp_path):
     assert list(state["parts"]) == ["ceilings", "smoke", "tests", "kernels", "step", "models"]
     assert all(part["passed"] == part["jobs"] > 0 for part in state["parts"].values())
     of_ops = ("attention", "pair_attention", "masked_patch_mse", "local_attention", "low_rank", "skew_exp")
-    for name in ("ceilings", "smoke", "tiles", "steps", *of_ops, "avsiam", "mavil", "deepavfusion"):
+    for name in ("ceilings", "smoke", "tiles", "steps", *of_ops, "avbert", "avsiam", "mavil", "deepavfusion"):
         with (tmp_path / f"{name}.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert rows and not any(row["note"].startswith(("FAILED", "REFUSED", "failed")) for row in rows), name

@@ -351,7 +351,7 @@ class Parent(nn.Module):
 def test_compiled_in_one_graph():
     model = Parent("part")
     given = inputs(model.inner)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     names = list(model.parameters())
     got, want = compiled(*given), model(*given)
     assert_close("loss", got, want, 1e-6)
@@ -475,3 +475,68 @@ def test_two_processes_equal_one_replicated_and_sharded(tmp_path):
         for name, value in parameters.items():
             assert torch.equal(value, same[name]), name
             assert_close(f"{kind} {sharing} {name}", value, exact[name], 1e-4, 1.0)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sharing", SCHEMES)
+def test_every_scheme_on_a_gpu(sharing):
+    """In float32, and under autocast against plain PyTorch there."""
+    module = transformer(sharing, embed_dim=192, rank=64, init_std=0.1).cuda()
+    given = [x.cuda() for x in inputs(module)]
+    leaves = {name: p.detach().double() for name, p in module.named_parameters()}
+    want = [naive(module, leaves, x.double(), i) for i, x in enumerate(given)]
+    parameters = dict(module.named_parameters())
+    for i, exact in enumerate(want):
+        assert_close(f"transformer {i}", module(given[i], i), exact, 1e-5)
+        with torch.autocast("cuda", torch.bfloat16):
+            got, plain = module(given[i], i), naive(module, parameters, given[i], i)
+        error, usual = (((x.double() - exact).norm() / exact.norm()).item() for x in (got, plain))
+        assert error <= max(0.005, 2 * usual)
+
+
+@pytest.mark.gpu
+def test_a_training_step_in_a_cuda_graph_without_a_host_wait():
+    model = Parent("part").cuda()
+    given = [x.cuda() for x in inputs(model.inner)]
+    parameters = list(model.parameters())
+
+    def step():
+        return torch.autograd.grad(model(*given), parameters)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    add_in_place(model.inner)
+    given[0].mul_(0.5)
+    graph.replay()
+    for name, a, b in zip(dict(model.named_parameters()), got, step(), strict=True):
+        assert_close(name, a, b, 1e-5, 1.0)
+
+
+@pytest.mark.gpu
+def test_a_captured_evaluation_computes_its_own_factors():
+    module = transformer("part").cuda().eval()
+    x = inputs(module)[0].cuda()
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            module(x, 0)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = module(x, 0)
+        add_in_place(module)
+        graph.replay()
+        assert_close("replayed", out, module(x, 0), 1e-6)

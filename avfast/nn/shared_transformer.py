@@ -67,8 +67,9 @@ class LowRankLinear(nn.Module):
         """V, G and bias of each transformer, from its rotations ``(C, T, r, r)``; the first two in ``dtype``."""
         chunks, transformers, rank, _ = sigma.shape
         g = (sigma.reshape(chunks, transformers * rank, rank) @ self.u.mT).to(dtype)
-        g = g.unflatten(1, (transformers, rank))
-        return [(v, g[:, i], self.bias) for i, v in enumerate(self.v.to(dtype).unbind())]
+        # One unbind for all: a gradient of its own for each part would fill and add whole tensors.
+        parts = zip(self.v.to(dtype).unbind(), g.unflatten(1, (transformers, rank)).unbind(1), strict=True)
+        return [(v, g_own, self.bias) for v, g_own in parts]
 
     def forward(self, x: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """``(..., I) -> (..., C O)`` with the factors of one transformer."""
