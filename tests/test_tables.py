@@ -7,6 +7,7 @@ import torch
 
 from avfast import create_model
 from avfast.data.clips import Batch
+from avfast.data.spec import clips as clips_of
 from avfast.data.spec import video
 from avfast.train.__main__ import resolve
 from avfast.train.config import Config, SettingError
@@ -27,7 +28,9 @@ TWINS = {
     "audio_mae_base": "audio_mae_tiny",
     "mavil_base": "mavil_tiny",
     "diffmavil_base": "diffmavil_tiny",
+    "avbert_base": "avbert_tiny",
 }
+SMALL = {"audio_size": [8, 16], "audio_args": {"width": 4, "depths": [1, 1]}}
 MAVIL_CONTRASTS = {"inter_modal", "intra_modal_audio", "intra_modal_visual"}
 
 
@@ -46,6 +49,8 @@ def tiny(config: Config) -> Config:
     arguments = dict(config.model_args)
     if arguments.get("fusion_layers", 0) > 4:  # the twin has four
         arguments["fusion_layers"] = 4
+    if "avbert" in config.model:
+        arguments |= SMALL
     return replace(config, model=TWINS[config.model], model_args=arguments, timm=None, init_ast=None, init_audio=None)
 
 
@@ -104,12 +109,36 @@ def random_batch(model: torch.nn.Module, clips: int) -> Batch:
     )
 
 
+def of_avbert(given: dict) -> tuple[set[str], tuple[str, ...]]:
+    """The losses of a row, and the parts that do not learn where the other modality comes first."""
+    if first := given.get("frozen"):
+        other, parts = {"audio": "visual", "visual": "audio"}[first], ("adapters", "times", "mep_heads")
+        return {f"mep_{first}"}, (
+            f"{other}_cnn.",
+            "cpp_heads.",
+            *(f"{p}.{k}." for p in parts for k in (other, "fused")),
+        )
+    fusion, pairs = given.get("fusion", "mid"), given.get("cpp", True)
+    expected = {"mep_audio", "mep_visual"} if fusion != "early" else set()
+    expected |= {"mep_multimodal"} if fusion != "late" and given.get("multimodal_mep", True) else set()
+    expected |= {"cpp_unimodal"} if pairs and fusion != "early" else set()
+    return expected | ({"cpp_multimodal"} if pairs and fusion != "late" else set()), ()
+
+
 @pytest.mark.parametrize("config", distinct(), ids=lambda c: f"{c.recipe} {c.model} {c.model_args}")
 def test_one_step_of_every_kind_of_row(config):
     model = build_model(config)
     before = {k: v.clone() for k, v in model.named_parameters() if v.requires_grad}
-    found = Trainer(model, config, torch.device("cpu")).step([random_batch(model, 6)], config.lr)
+    trainer = Trainer(model, config, torch.device("cpu"))
+    for _ in range(2 if "avbert" in config.model else 1):  # the last norm of a bottleneck is 0 before the first
+        found = trainer.step([random_batch(model, 6)], config.lr)
     losses = {name: value for name, value in found.items() if not name.startswith(METRICS)}
+    still = {k for k, v in model.named_parameters() if k in before and torch.equal(v, before[k])}
+    if "avbert" in config.model:
+        expected, idle = of_avbert(config.model_args)
+        assert set(losses) == {"loss"} | expected and all(math.isfinite(loss) and loss > 0 for loss in losses.values())
+        assert still == {k for k in before if k.startswith(idle)}
+        return
     expected = {"loss"}
     if model.contrasts:
         expected |= MAVIL_CONTRASTS if "mavil" in config.model else {"contrastive"}
@@ -117,7 +146,6 @@ def test_one_step_of_every_kind_of_row(config):
     expected |= {"reconstruction_audio", "reconstruction_visual"} if reconstructs else set()
     expected -= {"reconstruction_visual"} if model.frontend.frames is None else set()
     assert set(losses) == expected and all(math.isfinite(loss) and loss > 0 for loss in losses.values())
-    still = {k for k, v in model.named_parameters() if k in before and torch.equal(v, before[k])}
     idle = ("decoder.", "fusion.") if not reconstructs else ()
     assert {k for k in still if not k.startswith(idle)} == set()
 
@@ -125,8 +153,9 @@ def test_one_step_of_every_kind_of_row(config):
 def test_distinct_rows_have_distinct_steps():
     """AVSiam: multi-ratio, three fixed ratios, contrastive only, separate encoders, released; CAV-MAE: three kinds;
     DeepAVFusion: full, token fusion, dense, four numbers of layers, six of tokens; MAViL with either decoder; DiffMAViL
-    with either, and with the curriculum; AudioMAE with and without diffusion."""
-    assert len(distinct()) == 10 + 13 + 2 + 3 + 2
+    with either, and with the curriculum; AudioMAE with and without diffusion; AVBERT: two data sets, four kinds of
+    fusion, three of other negatives, five of other sharing, three of something left out, two of frozen halves."""
+    assert len(distinct()) == 10 + 13 + 2 + 3 + 2 + (2 + 4 + 3 + 5 + 3 + 2)
 
 
 # Supplement of AVSiam, Tables 4-6, pre-training column: batch per GPU and GPUs; the rest is common to the three.
@@ -241,6 +270,37 @@ def test_the_rows_of_table_2_are_steps_to_the_recipe():
     with torch.device("meta"):
         visible = create_model(recipe.model, **recipe.model_args).visible
     assert visible(1.0) / visible(0.0) == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "steps", "clips"),
+    [("kinetics_pretrain", 256, 220_000, 30), ("audioset_pretrain", 300, 220_000, 10), ("ablation", 4, 80_000, 30)],
+)
+def test_avberts_recipes_are_appendix_a_4(name, batch, steps, clips):
+    config = RECIPES[f"avbert_{name}"]()
+    assert (config.optimizer, config.amsgrad, config.betas, config.weight_decay) == ("adamw", True, (0.9, 0.98), 1e-4)
+    assert (config.lr, config.lr * config.orthogonal_lr, config.lr_batch) == (1e-4, pytest.approx(1e-5), None)
+    assert (config.steps, config.paper_batch, config.clip_grad, config.min_lr) == (steps, batch, None, 0)
+    first, last = round(0.06 * steps), steps
+    rates = [learning_rate(config, step, 100, steps) for step in (0, first - 1, (first + last) / 2, last)]
+    assert rates == pytest.approx([1e-4 / first, 1e-4, 5e-5, 0])
+    with torch.device("meta"):
+        model = create_model(config.model, **config.model_args)
+    spec, transformer = model.frontend.spec, model.transformer
+    assert (spec.seconds, spec.frames, spec.image_size) == (clips, clips_of(clips, 32), 112)
+    assert sum(p.numel() for p in transformer.parameters()) == 3_843_840 and transformer.orthogonal_parameters()
+
+
+def test_avberts_schemes_have_the_papers_sizes():
+    """Biases and norms counted, as 128M and 4M have it."""
+    sizes = []
+    for row in (row for row in ROWS if row.table == "avbert-1c"):
+        config = given(row)
+        with torch.device("meta"):
+            transformer = create_model(config.model, **config.model_args).transformer
+        sizes.append(sum(p.numel() for p in transformer.parameters()))
+        assert (config.orthogonal_lr == 1) == (not transformer.orthogonal_parameters())  # else training refuses it
+    assert sizes == [127_581_696, 7_397_760, 21_263_616, 42_527_232, 7_087_872, 3_843_840]
 
 
 def test_listing(capsys):

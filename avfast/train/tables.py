@@ -10,13 +10,14 @@ import shlex
 from collections.abc import Sequence
 
 from avfast.train.config import SettingError, command, fail, unknown
-from avfast.train.recipes import avsiam, deepavfusion, mavil
+from avfast.train.recipes import avbert, avsiam, deepavfusion, mavil
 from avfast.train.recipes.row import Row
 
 USAGE = "python -m avfast.train.tables [--table NAME]"
-PAPERS = {table: paper.PAPER for paper in (avsiam, deepavfusion, mavil) for table in paper.TABLES}
-TITLES = avsiam.TABLES | deepavfusion.TABLES | mavil.TABLES
-ROWS: tuple[Row, ...] = avsiam.ROWS + deepavfusion.ROWS + mavil.ROWS
+_PAPERS = (avsiam, deepavfusion, mavil, avbert)
+PAPERS = {table: paper.PAPER for paper in _PAPERS for table in paper.TABLES}
+TITLES = avsiam.TABLES | deepavfusion.TABLES | mavil.TABLES | avbert.TABLES
+ROWS: tuple[Row, ...] = avsiam.ROWS + deepavfusion.ROWS + mavil.ROWS + avbert.ROWS
 
 HEADER = """\
 Figures are the papers'. Manifests (CAV-MAE JSON) are placeholders; with --class_csv a run ends with a linear probe.

@@ -11,13 +11,15 @@ from pathlib import Path
 from types import ModuleType
 
 from avfast.train.config import Config, SettingError, unknown
-from avfast.train.recipes import audio_mae, avsiam, cav_mae, deepavfusion, mavil
+from avfast.train.recipes import audio_mae, avbert, avsiam, cav_mae, deepavfusion, mavil
 from avfast.train.recipes.avsiam import demo
 
 __all__ = ["RECIPES", "demo", "find", "load_model_of"]
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    recipe.__name__: recipe for paper in (avsiam, cav_mae, deepavfusion, audio_mae, mavil) for recipe in paper.RECIPES
+    recipe.__name__: recipe
+    for paper in (avsiam, cav_mae, deepavfusion, audio_mae, mavil, avbert)
+    for recipe in paper.RECIPES
 }
 
 

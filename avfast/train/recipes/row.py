@@ -10,8 +10,9 @@ from typing import Any
 from avfast.train.config import Config
 
 # placeholders for the user's own manifests
-AS_2M, VGG, ACAV = "audioset_2m.json", "vggsound_train.json", "acav.json"
+AS_2M, VGG, ACAV, K700 = "audioset_2m.json", "vggsound_train.json", "acav.json", "kinetics_700.json"
 AS_EVAL, VGG_EVAL, VGG_TEST = "audioset_retrieval.json", "vggsound_retrieval.json", "vggsound_test.json"
+KS_TEST = "kinetics_sounds_test.json"
 FINE_TUNE = "pre-training; accuracies need fine-tuning, not here yet"
 
 Figures = Mapping[str, float | str]
