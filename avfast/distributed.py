@@ -1,4 +1,4 @@
-"""The two collectives that losses over a global batch need. In a single process both do nothing."""
+"""The collectives that a step over a global batch needs. In a single process they do nothing."""
 
 from __future__ import annotations
 
@@ -38,6 +38,21 @@ def all_sum(x: Tensor) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_sum(grad)
+
+
+def all_sum_with_gradient(x: Tensor) -> Tensor:
+    """:func:`all_sum`, through which the gradient of each summand is the sum of all processes' gradients."""
+    return x if world_size() == 1 else _AllSum.apply(x)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -235,7 +235,7 @@ def test_time_and_mel_bins_are_told_apart():
 
 
 def test_errors_name_what_was_wrong():
-    with pytest.raises(ValueError, match=r"norm must be 'batch' or 'group', not 'layer'"):
+    with pytest.raises(ValueError, match="norm must be one of batch, sync, group, not 'layer'"):
         VideoResNet(4, norm="layer")
     with pytest.raises(ValueError, match=r"beta \* width = 0.125 \* 4 channels"):
         SlowFast(4)

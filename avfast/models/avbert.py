@@ -85,7 +85,9 @@ class AVBERT(nn.Module):
         num_heads: heads.
         mlp_ratio: hidden width of the MLPs over D.
         cnn: ``"paper"``: SlowFast and a ResNet-50 of half the width; ``"released"``: the released code's.
-        cnn_norm: ``"batch"``, or ``"group"``, with which no result depends on the rest of the batch.
+        cnn_norm: ``"batch"``; ``"sync"``, with which N processes equal one; or ``"group"``, with which no result depends
+            on the rest of the batch (and the mean over all clips outweighs what tells them apart, which is hard to
+            learn from).
         visual_args: overrides for :class:`~avfast.nn.SlowFast` or :class:`~avfast.nn.VideoResNet`, such as ``width``.
         audio_args: for :class:`~avfast.nn.AudioResNet`.
         sharing: of weights between layers and transformers, see :class:`~avfast.nn.SharedLowRankTransformer`.
@@ -95,6 +97,7 @@ class AVBERT(nn.Module):
         modality_embedding: the multimodal transformer's input tells modalities apart (B.5).
         dropout: see the head.
         eps: of all LayerNorms.
+        init_std: of linear weights at first; a narrow model wants more.
         mask_ratio: share of masked clips.
         masks: videos of a pool are masked at the same places (``"pool"``), or each at its own (``"video"``).
         target_gradient: MEP trains the CNNs through its targets too.
@@ -145,6 +148,7 @@ class AVBERT(nn.Module):
         modality_embedding: bool = True,
         dropout: float = 0.0,
         eps: float = 1e-12,
+        init_std: float = 0.01,
         mask_ratio: float = 0.15,
         masks: Masks = "pool",
         target_gradient: bool = True,
@@ -192,7 +196,7 @@ class AVBERT(nn.Module):
             self.times[part] = TimeEmbedding(num_clips + 1, embed_dim, kinds, eps, dropout)
         self.transformer = SharedLowRankTransformer(
             embed_dim, [depth if fusion == "mid" else 2 * depth] * len(parts), num_heads, mlp_ratio, sharing=sharing,
-            rank=rank, dropout=dropout, eps=eps,
+            rank=rank, dropout=dropout, eps=eps, init_std=init_std,
         )  # fmt: skip
         self.index = {part: i for i, part in enumerate(parts)}
         self.mep_heads, self.cpp_heads = nn.ModuleDict(), nn.ModuleDict()
@@ -203,14 +207,14 @@ class AVBERT(nn.Module):
             self.cpp_heads["unimodal"] = PairClassifier(embed_dim, cpp_depth)
         if cpp and fusion != "late":
             self.cpp_heads["multimodal"] = PairClassifier(embed_dim, cpp_depth)
-        self._initialise()
+        self._initialise(init_std)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise(self, init_std: float) -> None:
         for part in (self.adapters, self.mep_heads, self.cpp_heads):
             for linear in part.modules():
                 if isinstance(linear, nn.Linear):
-                    linear.weight.normal_(std=0.01)
+                    linear.weight.normal_(std=init_std)
                     if linear.bias is not None:
                         linear.bias.zero_()
         for module in (*self.adapters.values(), *self.times.values()):

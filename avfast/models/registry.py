@@ -27,7 +27,8 @@ TINY_LISTENER = {
 TINY_VIDEO = {**TINY_LISTENER, "img_size": 64, "num_frames": 8}
 TINY_SEQUENCE = {
     "num_clips": 8, "clip_frames": 4, "img_size": 32, "audio_size": (32, 32), "embed_dim": 96, "depth": 2,
-    "num_heads": 4, "rank": 32, "cnn_norm": "group", "visual_args": {"width": 16, "depths": (1, 1, 1, 1), "alpha": 2},
+    "num_heads": 4, "rank": 32, "init_std": 0.1, "cnn_norm": "sync",
+    "visual_args": {"width": 16, "depths": (1, 1, 1, 1), "alpha": 2},
     "audio_args": {"width": 8, "depths": (1, 1, 1, 1)}, "mep_dim": 64, "num_negatives": 16, "pool_size": 4,
     "frontend": {"sample_rate": 16000},
 }  # fmt: skip
