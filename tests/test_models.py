@@ -16,7 +16,7 @@ from avfast.random import DrawKey
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
 SMALL_SEQUENCE = {
     "num_clips": 4, "clip_frames": 2, "img_size": 16, "audio_size": (16, 16), "embed_dim": 32, "depth": 1,
-    "num_heads": 2, "rank": 8, "mep_dim": 16, "num_negatives": 5, "pool_size": 3,
+    "num_heads": 2, "rank": 8, "init_std": 0.01, "mep_dim": 16, "num_negatives": 5, "pool_size": 3,
     "visual_args": {"width": 8, "depths": (1, 1, 1, 1), "alpha": 2}, "audio_args": {"width": 4, "depths": (1, 1)},
 }  # fmt: skip
 NAMES, BATCH = list_models("*_tiny"), 4

@@ -85,9 +85,9 @@ class AVBERT(nn.Module):
         num_heads: heads.
         mlp_ratio: hidden width of the MLPs over D.
         cnn: ``"paper"``: SlowFast and a ResNet-50 of half the width; ``"released"``: the released code's.
-        cnn_norm: ``"batch"``; ``"sync"``, with which N processes equal one; or ``"group"``, with which no result depends
-            on the rest of the batch (and the mean over all clips outweighs what tells them apart, which is hard to
-            learn from).
+        cnn_norm: ``"batch"``; ``"sync"``, with which N processes equal one; or ``"group"``, with which no result
+            depends on the rest of the batch (but what tells clips apart is small beside what they share, and learning
+            is slow).
         visual_args: overrides for :class:`~avfast.nn.SlowFast` or :class:`~avfast.nn.VideoResNet`, such as ``width``.
         audio_args: for :class:`~avfast.nn.AudioResNet`.
         sharing: of weights between layers and transformers, see :class:`~avfast.nn.SharedLowRankTransformer`.

@@ -25,7 +25,7 @@ class AudioResNet(nn.Module):
         depths: bottlenecks of each stage; (3, 4, 6, 3) is ResNet-50.
         variant: see above.
         strides: of the stages, along mel bins and frames alike; None for the variant's.
-        norm: ``"batch"``, ``"sync"`` or ``"group"``: statistics of one clip; see :class:`avfast.nn.bottleneck.ConvNorm`.
+        norm: ``"batch"``, ``"sync"`` or ``"group"``: see :class:`avfast.nn.bottleneck.ConvNorm`.
         zero_init: the gain of the last norm of every bottleneck starts at 0.
 
     ``forward(x)``: log-mel spectrograms ``(N, frames, mels) -> (N, out_features)``, 1024 features for the default

@@ -23,7 +23,7 @@ class VideoResNet(nn.Module):
         temporal_kernels: of the stem and of the first convolution of the bottlenecks of each stage.
         temporal_stride: of the stem.
         extra_channels: channels that each stage reads beside those of the stage before it (:class:`SlowFast`).
-        norm: ``"batch"``, ``"sync"`` or ``"group"``: statistics of one clip; see :class:`avfast.nn.bottleneck.ConvNorm`.
+        norm: ``"batch"``, ``"sync"`` or ``"group"``: see :class:`avfast.nn.bottleneck.ConvNorm`.
         zero_init: the gain of the last norm of every bottleneck starts at 0.
 
     ``forward(x)``: ``(N, 3, t, H, W) -> (N, out_features)``, 2048 features for the default sizes. With
@@ -81,7 +81,7 @@ class SlowFast(nn.Module):
         depths: bottlenecks of each of the four stages, in both pathways; (3, 4, 6, 3) is ResNet-50.
         alpha: fast frames per slow frame; a clip need not be a multiple of them.
         beta: channels of the fast pathway over those of the slow one.
-        norm: ``"batch"``, ``"sync"`` or ``"group"``: statistics of one clip; see :class:`avfast.nn.bottleneck.ConvNorm`.
+        norm: ``"batch"``, ``"sync"`` or ``"group"``: see :class:`avfast.nn.bottleneck.ConvNorm`.
         zero_init: the gain of the last norm of every bottleneck starts at 0.
 
     ``forward(x)``: the fast pathway's frames ``(N, 3, t, H, W) -> (N, out_features)``, 2048 + 256 features for the
