@@ -284,9 +284,9 @@ def test_a_worker_maps_the_list_of_its_trainer(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(clip_list, "get_spawning_popen", Popen)
     monkeypatch.setattr(reduction.context, "get_spawning_popen", Popen)
-    (make, (count, handle)), (_, (_, again)) = packed.__reduce__(), packed.__reduce__()
+    (make, (count, handle, rows)), (_, (_, again, _)) = packed.__reduce__(), packed.__reduce__()
     assert handle.fd == again.fd  # one for all workers
-    received = make(count, handle)
+    received = make(count, handle, rows)
     assert isinstance(received._buffer, mmap.mmap) and isinstance(packed._buffer, mmap.mmap)
     assert received == clips == packed and len(received._buffer) < 100 * len(clips)
 

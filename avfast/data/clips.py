@@ -111,8 +111,9 @@ class StepBatches:
     """Which clips make up which batch: a batch sampler that is a pure function of (seed, step).
 
     Each epoch is a new permutation of the clips, cut into global batches; the last, incomplete one is left out. With
-    ``weights``, clips are drawn with replacement instead. A step's global batch does not depend on the number of
-    processes: each takes a contiguous part of it.
+    ``weights``, clips are drawn with replacement instead; with ``shards``, shards are permuted, and clips within groups
+    of them. A step's global batch does not depend on the number of processes: each takes a contiguous part of
+    it.
 
     Args:
         num_clips: to choose from.
@@ -125,6 +126,8 @@ class StepBatches:
         seed: of the permutations.
         rank, world_size: this process and how many there are.
         weights: (num_clips,) sampling weights.
+        shards: (num_clips,) the number of each clip's shard, where shards are read a few at a time.
+        together: how many.
     """
 
     def __init__(
@@ -138,7 +141,9 @@ class StepBatches:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | np.ndarray | None = None,
+        shards: Sequence[int] | np.ndarray | None = None,
+        together: int = 1,
     ) -> None:
         if num_clips < 1:
             raise ValueError(f"num_clips: expected at least one clip, got {num_clips}")
@@ -162,6 +167,17 @@ class StepBatches:
                     f"weights: expected {num_clips} numbers of 0 or more, not all 0, got shape {values.shape}"
                 )
             self._cumulative = np.cumsum(values) / values.sum()
+        self._shards: list[np.ndarray] | None = None  # the clips of each
+        self._together = together
+        if shards is not None:
+            numbers = np.asarray(shards)
+            if numbers.shape != (num_clips,) or weights is not None or together < 1:
+                raise ValueError(
+                    f"shards: expected {num_clips} numbers, no weights and together of 1 or more, got shape "
+                    f"{numbers.shape}, {'no ' if weights is None else ''}weights and {together}"
+                )
+            order = np.argsort(numbers, kind="stable")
+            self._shards = np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self._firsts = [0]  # the first step of each epoch, as far as anyone has asked
         if (planned := self._planned(0)) > num_clips:
@@ -219,8 +235,16 @@ class StepBatches:
             draws = self._rng("weighted", step).random(size)
             return np.searchsorted(self._cumulative, draws, side="right").clip(max=self.num_clips - 1)
         if self._permutation[0] != epoch:
-            self._permutation = (epoch, self._rng("epoch", epoch).permutation(self.num_clips))
+            self._permutation = (epoch, self._order(self._rng("epoch", epoch)))
         return self._permutation[1][place * size : (place + 1) * size]
+
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
+        """(num_clips,) every clip once."""
+        if self._shards is None:
+            return rng.permutation(self.num_clips)
+        shards = [self._shards[i] for i in rng.permutation(len(self._shards))]
+        groups = (shards[i : i + self._together] for i in range(0, len(shards), self._together))
+        return np.concatenate([rng.permutation(np.concatenate(group)) for group in groups])
 
     def at(self, step: int) -> list[Item]:
         """This process's part of a step's batch."""

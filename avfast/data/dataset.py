@@ -15,14 +15,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avfast.data.augment import eval_crop, resize_short_side, train_crop
-from avfast.data.clip_list import Clip, ClipList
+from avfast.data.clip_list import Clip, ClipList, ShardRow
 from avfast.data.media import MediaError, MediaFile, read_image
+from avfast.data.shard_source import ShardFile
 from avfast.data.spec import ClipSpec, Draw
 from avfast.random import DrawKey
 
 if TYPE_CHECKING:
     from avfast.data.frontend import Frontend
 
+# Where audio and frames come from: both offer `path`, `info`, `ends`, `audio`, `frames` and `measure`
+Source = MediaFile | ShardFile
 Item = tuple[int, int, int]  # index of the clip, step, position in the global batch
 _STILLS = 10  # frame_0 .. frame_9 of CAV-MAE's folders
 _STILLS_SECONDS = 10.0
@@ -187,8 +190,8 @@ class ClipDataset(Dataset[Sample | Failure]):
     def _read(
         self,
         clip: Clip,
-        audio: MediaFile | None,
-        video: MediaFile | None,
+        audio: Source | None,
+        video: Source | None,
         duration: float,
         draw: Draw,
     ) -> tuple[Tensor | None, Tensor | None, bool, dict[str, float]]:
@@ -258,7 +261,7 @@ def decode_whole(
         MediaError: its files cannot be read.
     """
 
-    def spread(video: MediaFile | None, duration: float) -> tuple[list[float], Tensor | None]:
+    def spread(video: Source | None, duration: float) -> tuple[list[float], Tensor | None]:
         rate = video.info.frame_rate if video is not None else 0.0
         number = _STILLS if clip.frames_dir is not None else count(duration, rate)
         times = [duration * (i + 0.5) / number for i in range(number)]
@@ -295,11 +298,11 @@ def _join(parts: list[Tensor]) -> Tensor | None:
 
 
 def _settle(
-    audio: MediaFile | None, video: MediaFile | None, duration: float, end: dict[str, float], slack: float
+    audio: Source | None, video: Source | None, duration: float, end: dict[str, float], slack: float
 ) -> tuple[float, tuple[str, ...]]:
     """How long a clip is whose streams were read up to ``end``, and its truncated files."""
 
-    def ended(media: MediaFile | None, kind: str) -> bool:
+    def ended(media: Source | None, kind: str) -> bool:
         return media is not None and media.ends.get(kind, np.inf) < end[kind] - slack
 
     if not (ended(audio, "audio") or ended(video, "video")):
@@ -363,22 +366,24 @@ def modalities(clips: Sequence[Clip], limit: int = 500, threads: int = 4) -> Mod
     return Modalities(len(clips), count, audio, video, sum(map(all, good)), count - len(good))
 
 
-def _open(clip: Clip, stack: ExitStack) -> tuple[MediaFile | None, MediaFile | None]:
-    """(audio, video), one file where both are in one."""
-    audio = stack.enter_context(MediaFile(clip.audio_path)) if clip.audio_path else None
+def _open(clip: Clip, stack: ExitStack) -> tuple[Source | None, Source | None]:
+    """(audio, video), one source where both are in one."""
+    audio = _source(clip.audio_path, stack) if clip.audio_path else None
     if clip.video_path is None:
         return audio, None
-    if clip.video_path == clip.audio_path:
-        return audio, audio
-    return audio, stack.enter_context(MediaFile(clip.video_path))
+    return audio, audio if clip.video_path == clip.audio_path else _source(clip.video_path, stack)
 
 
-def _duration(audio: MediaFile | None, video: MediaFile | None) -> float:
+def _source(path: str | ShardRow, stack: ExitStack) -> Source:
+    return ShardFile(path) if isinstance(path, ShardRow) else stack.enter_context(MediaFile(path))
+
+
+def _duration(audio: Source | None, video: Source | None) -> float:
     """Of what both have; extracted stills alone stand for ten seconds."""
     return min((media.info.duration for media in (audio, video) if media is not None), default=_STILLS_SECONDS)
 
 
-def _frames(clip: Clip, media: MediaFile | None, times: Sequence[float], duration: float) -> Tensor | None:
+def _frames(clip: Clip, media: Source | None, times: Sequence[float], duration: float) -> Tensor | None:
     """(F, 3, H, W) uint8."""
     frames = media.frames(times) if media is not None else None
     if clip.frames_dir is not None:

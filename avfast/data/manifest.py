@@ -1,17 +1,21 @@
-"""Lists of clips: folders of media files, CAV-MAE's manifests, and with :mod:`csv_lists` the CSVs of data sets."""
+"""Lists of clips: folders of media, shard sets, CAV-MAE's manifests, and with :mod:`csv_lists` CSVs of data sets."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
 from avfast.data.csv_lists import Classes, MediaFiles, read_classes, read_segments, read_weights, split_mids, split_name
 from avfast.data.folders import extension_of, walk
 from avfast.data.media import AUDIO_EXTENSIONS, MEDIA_EXTENSIONS
+from avfast.data.shard_layout import is_set
+from avfast.data.shard_source import read_set
 
 __all__ = ["Clip", "ClipList", "merge", "read_all", "read_folder", "read_manifest"]
 
@@ -21,10 +25,11 @@ def read_all(
     class_csv: str | None = None,
     weights_csv: Sequence[str] = (),
     *,
+    data_weights: Sequence[float] = (),
     media: MediaFiles | None = None,
     source: str = "data",
 ) -> ClipList:
-    """One list of the clips of several folders, media files and manifests; classes are united by name.
+    """One list of the clips of several folders, media files, shard sets and manifests; classes are united by name.
 
     Args:
         paths: at least one. Besides JSON manifests the CSVs of AudioSet and VGGSound are manifests, see
@@ -32,6 +37,7 @@ def read_all(
         class_csv: the classes of the manifests' labels; without it those of JSON manifests are ignored. Folders take no
             notice of it.
         weights_csv: none, or sampling weights for each of the manifests.
+        data_weights: none, or for each of the paths how often it is drawn from: the sum of its clips' weights.
         media: where the files of the CSVs' clips are.
         source: what gave the paths, for messages.
 
@@ -51,12 +57,23 @@ def read_all(
 
     def read(path: str) -> ClipList:
         if not is_manifest(path):
-            return read_folder(path)
+            return read_set(path) if is_set(path) else read_folder(path)
         if _is_json(split_name(path)[0]):
             return read_manifest(path, class_csv, next(weights, None))
         return read_segments(path, media, class_csv, next(weights, None))
 
-    return merge([read(path) for path in paths])
+    if not data_weights:
+        return merge([read(path) for path in paths])
+    if len(data_weights) != len(paths) or not all(0 <= weight < math.inf for weight in data_weights):
+        given = ",".join(f"{weight:g}" for weight in data_weights)
+        raise ValueError(f"data_weights {given}: expected a number of 0 or more for each of {', '.join(paths)}")
+    return merge([_weighted(read(path), weight) for path, weight in zip(paths, data_weights, strict=True)])
+
+
+def _weighted(clips: ClipList, weight: float) -> ClipList:
+    """The clips with weights in the same proportions, whose sum is ``weight``."""
+    total = sum(clip.weight for clip in clips.clips) or 1.0
+    return replace(clips, clips=PackedClips(replace(clip, weight=clip.weight * weight / total) for clip in clips.clips))
 
 
 def is_manifest(path: str) -> bool:

@@ -350,7 +350,7 @@ class MediaFile:
                 raise MediaError(self.path, f"its audio does not decode ({problems[0] if problems else 'no data'})")
         try:
             return [
-                (round(time * sample_rate), _resample(np.concatenate([_NOTHING, *chunks]), rate, sample_rate))
+                (round(time * sample_rate), resample(np.concatenate([_NOTHING, *chunks]), rate, sample_rate))
                 for time, rate, chunks in stretches
             ]
         except (av.FFmpegError, ValueError) as error:
@@ -440,7 +440,8 @@ def _mono(frame: AudioFrame) -> np.ndarray:
     return data.mean(axis=0).astype(np.float32, copy=False)
 
 
-def _resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
+def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
+    """(samples,) float32 of ``rate`` Hz at ``to`` Hz, by FFmpeg's resampler."""
     import av
 
     if rate == to or len(samples) == 0:

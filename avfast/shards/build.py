@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from avfast.data.clip_list import Clip, ClipList
+from avfast.data.clip_list import Clip, ClipList, ShardRow
 from avfast.data.dataset import Whole, decode_whole
 from avfast.data.media import MediaError, probe
 from avfast.data.shard_layout import (
@@ -288,7 +288,7 @@ def _typical_size(clips: Sequence[Clip], settings: ShardSettings) -> float:
         clip = clips[i * len(clips) // min(len(clips), _SAMPLE)]
         path = clip.video_path or clip.audio_path
         try:
-            info = probe(path) if path else None
+            info = probe(str(path)) if path else None
         except MediaError:
             continue
         seconds = 10.0 if info is None else info.duration
@@ -302,6 +302,8 @@ def _digest(clip_list: ClipList) -> str:
     """Tells lists of clips apart."""
     digest = hashlib.sha256(json.dumps(clip_list.class_names).encode())
     for clip in clip_list.clips:
+        if isinstance(clip.audio_path or clip.video_path, ShardRow):
+            raise ValueError(f"data: {clip.path} is in a shard set already: name what that was built from")
         labels = [int(label) for label in clip.labels]
         record = [clip.id, clip.audio_path, clip.video_path, clip.frames_dir, labels, float(clip.weight)]
         digest.update(json.dumps(record).encode())

@@ -63,7 +63,12 @@ class Config:
     seed: int = setting(0, "of weights, order, augmentation and masking", low=0, high=2**63)
 
     data: tuple[str, ...] = free(
-        (), "folders of media files, CAV-MAE JSON manifests, AudioSet or VGGSound CSVs; none: the built-in demo clips"
+        (),
+        "folders of media files, shard sets, CAV-MAE JSON manifests, AudioSet or VGGSound CSVs; none: the built-in demo "
+        "clips",
+    )
+    data_weights: tuple[float, ...] = free(
+        (), "how often each of --data is drawn from, such as 3,1; clips drawn with replacement"
     )
     media: tuple[str, ...] = free(
         (), "folders with the files of a CSV's clips, <id>.* or <id>_<start>.*; vggsound.csv:train takes one split"
@@ -78,6 +83,9 @@ class Config:
     demo_clips: int | None = free(None, "number of demo clips (default: the set's own)", low=1)
     crop_scale: tuple[float, float] = setting((0.2, 1.0), "area share of the random crop of training frames")
     shuffle_pairs: bool = setting(False, "control: train on the audio of one clip with the video of another, fixed")
+    shuffle_shards: int | None = setting(
+        None, "shuffle so many shards at a time, clips within them, for storage that reads whole shards", low=1
+    )
     cache_media: bool = free(False, "keep decoded clips in memory, so that each file is decoded once")
     workers: int = free(8, "processes per rank that decode clips; 0: in the training process", low=0)
     max_bad_files: float = free(0.05, "share of undecodable files beyond which the run ends", low=0, high=1)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
+from avfast.data.clip_list import Clip, ClipList, PackedClips, ShardRow, merge
 from avfast.data.csv_lists import MediaFiles
 from avfast.data.dataset import Modalities
 from avfast.data.manifest import is_manifest, read_all, read_manifest
@@ -34,8 +34,10 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
 
 
 def _sources(config: Config, media: MediaFiles | None) -> tuple[ClipList, ClipList]:
+    if config.data_weights and not config.data:
+        raise SettingError("--data_weights goes with --data")
     if config.data:
-        train = read(config.data, config.class_csv, config.weights_csv, media=media)
+        train = read(config.data, config.class_csv, config.weights_csv, data_weights=config.data_weights, media=media)
         if not config.eval_data:
             return split(train, config.eval_fraction)
     else:
@@ -60,12 +62,13 @@ def read(
     class_csv: str | None = None,
     weights_csv: Sequence[str] = (),
     *,
+    data_weights: Sequence[float] = (),
     media: MediaFiles | None = None,
     flag: str = "--data",
 ) -> ClipList:
     """:func:`avfast.data.read_all`; what is wrong with a list is wrong with the setting that names it."""
     try:
-        return read_all(paths, class_csv, weights_csv, media=media, source=flag)
+        return read_all(paths, class_csv, weights_csv, data_weights=data_weights, media=media, source=flag)
     except ValueError as error:
         raise SettingError(str(error)) from None
 
@@ -74,6 +77,30 @@ def check_pairs(found: Modalities, contrasts: bool) -> None:
     """Refuses to contrast audio and video that belong to different clips; with one of them alone a run is said."""
     if contrasts and found.audio and found.video and not found.both:
         raise SettingError(f"--data: the model contrasts audio with video, and no clip has both ({found})")
+
+
+def weights(config: Config, clips: ClipList) -> np.ndarray | None:
+    """(clips,) sampling weights; None where every clip has its turn in each epoch."""
+    found = np.fromiter((clip.weight for clip in clips.clips), np.float64, len(clips))
+    return found if config.weights_csv or config.data_weights or (found != 1).any() else None
+
+
+def shards(config: Config, clips: ClipList) -> np.ndarray | None:
+    """(clips,) the number of each clip's shard; None unless ``shuffle_shards`` is set."""
+    if config.shuffle_shards is None:
+        return None
+    flag = f"--shuffle_shards {config.shuffle_shards}"
+    if weights(config, clips) is not None:
+        raise SettingError(f"{flag}: clips with sampling weights are drawn from all shards at any time; use none")
+    numbers: dict[tuple[str, int], int] = {}
+    found = np.empty(len(clips), dtype=np.int64)
+    for i, clip in enumerate(clips.clips):
+        row = clip.video_path or clip.audio_path
+        if not isinstance(row, ShardRow):
+            raise SettingError(f"{flag}: {clip.path} is in no shard")
+        place = (str(row.shards.folder), row.shards.shard(row.number))
+        found[i] = numbers.setdefault(place, len(numbers))
+    return found
 
 
 def digest(clips: ClipList) -> str:

@@ -141,7 +141,9 @@ def prepare(config: Config, device: torch.device, out: Path) -> Run:
         seed=config.seed,
         rank=parallel.rank(),
         world_size=world_size(),
-        weights=[clip.weight for clip in clips.clips] if config.weights_csv else None,
+        weights=data.weights(config, clips),
+        shards=data.shards(config, clips),
+        together=config.shuffle_shards or 1,
     )
     schedule = Schedule(config, batches, start)
     batches.start_step, batches.steps = start * config.accumulate, schedule.total * config.accumulate
