@@ -377,20 +377,22 @@ class ShardSet:
         """
         members = self.members(index)
         place = next((place for place in members if place[0] == name), None)
-        full = f"{self.key(index)}.{name}"
-        shard = self.shard(index)
-        where = f"{self.path(shard)}: {full}"
+        full, shard = f"{self.key(index)}.{name}", self.shard(index)
+
+        def error(what: object) -> ShardError:
+            return ShardError(f"{self.path(shard)}: {full}: {what}")
+
         if place is None:
-            raise ShardError(f"{where}: no such member, it has {', '.join(m for m, _, _ in members)}")
+            raise error(f"no such member, it has {', '.join(m for m, _, _ in members)}")
         _, offset, size = place
         try:
             data = os.pread(self._handle(shard).fileno, BLOCK + size, offset)
-        except OSError as error:
-            raise ShardError(f"{where}: {error.strerror}") from None
+        except OSError as problem:
+            raise error(problem.strerror) from None
         if len(data) < BLOCK + size:
-            raise ShardError(f"{where}: the shard is truncated, it ends before byte {offset + BLOCK + size}")
+            raise error(f"the shard is truncated, it ends before byte {offset + BLOCK + size}")
         if wrong := check(data, full, size):
-            raise ShardError(f"{where}: {wrong}")
+            raise error(wrong)
         return data[BLOCK:]
 
     def _handle(self, shard: int) -> _Handle:
