@@ -37,6 +37,7 @@ class ShardFile:
         path: of the shard, and the clip in it.
         info: what was stored. There are as many frames per second as are stored, so that nobody asks for more.
         ends: seconds of its audio.
+        frame_times: of the stored frames, in seconds.
 
     Raises:
         MediaError: what the set says of the clip cannot be read.
@@ -46,6 +47,7 @@ class ShardFile:
         self._set, self._number = row.shards, row.number
         self._clip = clip = self._set.clip(row.number)
         self.path = str(row)
+        self.frame_times = clip.frame_times
         self._rate = self._set.settings.sample_rate
         self.info = MediaInfo(
             duration=clip.duration,
@@ -72,7 +74,7 @@ class ShardFile:
         """The stored frame nearest to each of ``times``: (len(times), height, width, 3) uint8 RGB, None without any."""
         if not self.info.has_video:
             return None
-        stored = np.asarray(self._clip.frame_times)
+        stored = np.asarray(self.frame_times)
         nearest = [int(np.abs(stored - time).argmin()) for time in times]
         images = {number: self._image(number) for number in set(nearest)}
         return torch.stack([images[number] for number in nearest])
