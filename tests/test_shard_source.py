@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from avfast.data.spec import ClipSpec, even
 from avfast.shards.build import build
 from avfast.train import data
 from avfast.train.config import Config, SettingError
+from avfast.train.setup import check_jpeg
 
 SPEC = KaldiFrontend(num_frames=128, image_size=32).spec  # 1.295 s
 FIELDS = ("waveform", "num_samples", "frames", "has_audio", "has_visual", "labels", "index", "short")
@@ -217,6 +219,23 @@ def digest(sample: Any) -> tuple[float, float]:
     return audio, frames
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_frames_that_a_batch_decodes_are_those_of_the_workers(built: Path, media: Path, train: bool) -> None:
+    """On the CPU; no GPU has run it. Clips of media files are in the same batch."""
+    clips = merge([read_set(str(built)), read_folder(media).take([0, 9])])
+    several = replace(SPEC, frames=even(4))
+    early, late = (ClipDataset(clips, frontend=several, train=train, jpegs=jpegs) for jpegs in (False, True))
+    one, other = (next(iter(eval_loader(dataset, 16))) for dataset in (early, late))
+    assert len(other.jpegs) == 8 and other.failures == one.failures and len(other.failures) == 1
+    assert not other.frames[list(other.jpegs)].any() and not same(one, other)
+    moved = other.to("cpu")
+    assert same(one, moved) and not moved.jpegs and same(other.to("cpu"), moved)
+    with pytest.raises(ValueError, match="jpegs: a cache"):
+        ClipDataset(clips, frontend=several, train=train, jpegs=True, cache=True)
+    with pytest.raises(SettingError, match="--gpu_jpeg needs a CUDA device; this run is on cpu"):
+        check_jpeg(Config(gpu_jpeg=True), torch.device("cpu"))
+
+
 # -- what is wrong with a set ---------------------------------------------------------------------------------------
 
 
@@ -250,8 +269,9 @@ def test_a_set_of_a_set_is_refused(built: Path, tmp_path: Path) -> None:
 def test_a_frame_that_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, media: Path) -> None:
     monkeypatch.setattr("torchvision.io.encode_jpeg", lambda *_, **__: torch.arange(99, dtype=torch.uint8))
     build(read_folder(media / "a").take([0]), tmp_path / "set", progress=False)
-    found = ClipDataset(read_set(str(tmp_path / "set")), frontend=SPEC, train=False)[0, 0, 0]
-    assert isinstance(found, Failure) and found.reason.startswith("plain%200.3.jpg: ") and "\n" not in found.reason
+    for jpegs in (False, True):
+        found = ClipDataset(read_set(str(tmp_path / "set")), frontend=SPEC, train=False, jpegs=jpegs)[0, 0, 0]
+        assert isinstance(found, Failure) and found.reason.startswith("plain%200.3.jpg: ") and "\n" not in found.reason
 
 
 # -- lists ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,20 +36,35 @@ def random_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+@dataclass(frozen=True)
+class Crop:
+    """What training shows of frames: the box (top, left, height, width), mirrored or not."""
+
+    box: tuple[int, int, int, int]
+    flip: bool
+
+    @classmethod
+    def draw(cls, height: int, width: int, rng: np.random.Generator, scale: tuple[float, float] = (0.2, 1.0)) -> Crop:
+        """A random box and a coin for the flip."""
+        return cls(random_crop_box(height, width, rng, scale), rng.random() < 0.5)
+
+    def of(self, frames: Tensor, size: int) -> Tensor:
+        """(F, 3, H, W) uint8 -> (F, 3, size, size), the same of all frames."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
+        def cropped(part: Tensor) -> Tensor:
+            return functional.resized_crop(part, *self.box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+
+        frames = _in_parts(frames, cropped)
+        return functional.horizontal_flip(frames) if self.flip else frames
+
+
 def train_crop(
     frames: Tensor, size: int, rng: np.random.Generator, *, scale: tuple[float, float] = (0.2, 1.0)
 ) -> Tensor:
-    """(F, 3, H, W) uint8 -> (F, 3, size, size): one random resized crop and one coin for a flip, for all frames."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
-
-    box = random_crop_box(frames.shape[-2], frames.shape[-1], rng, scale)
-
-    def cropped(part: Tensor) -> Tensor:
-        return functional.resized_crop(part, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-
-    frames = _in_parts(frames, cropped)
-    return functional.horizontal_flip(frames) if rng.random() < 0.5 else frames
+    """(F, 3, H, W) uint8 -> (F, 3, size, size): one random :class:`Crop` for all frames."""
+    return Crop.draw(frames.shape[-2], frames.shape[-1], rng, scale).of(frames, size)
 
 
 def eval_crop(frames: Tensor, size: int) -> Tensor:

@@ -15,7 +15,7 @@ import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avfast.data.dataset import ClipDataset, Failure, Item, Sample
+from avfast.data.jpegs import Jpegs, decode
 from avfast.data.spec import ClipSpec
 from avfast.random import DrawKey, progress
 from avfast.tensors import to_device
@@ -62,6 +63,7 @@ class Batch:
         failures: what this process could not decode.
         short: (B,) bool, see :class:`Sample`.
         truncated: files met that end before their headers say.
+        jpegs: by row, frames that :meth:`to` decodes; until then ``frames`` holds zeros for them.
         total: planned size of the global batch. It and ``progress`` are what the loader's sampler says.
         progress: of training in this step's epoch, see :func:`avfast.random.progress`.
     """
@@ -78,6 +80,7 @@ class Batch:
     failures: list[Failure]
     short: Tensor
     truncated: tuple[str, ...] = ()
+    jpegs: dict[int, Jpegs] = field(default_factory=dict)
     total: int = 1
     progress: float = 0.0
 
@@ -95,7 +98,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on ``device``; no copy waits for it, see :func:`avfast.tensors.to_device`."""
-        return self._map(lambda tensor: to_device(tensor, device))
+        moved = self._map(lambda tensor: to_device(tensor, device))
+        if not self.jpegs:
+            return moved
+        frames = moved.frames.clone()
+        decoded = decode(list(self.jpegs.values()), frames.shape[-1], frames.device)
+        for row, clip in zip(self.jpegs, decoded, strict=True):
+            frames[row] = clip
+        return replace(moved, frames=frames, jpegs={})
 
     def pin_memory(self) -> Batch:
         """This batch in page-locked memory (the hook of torch's DataLoader)."""
@@ -297,7 +307,7 @@ def collate(samples: Sequence[Sample | Failure], *, spec: ClipSpec, num_classes:
     for row, sample in enumerate(good):
         if sample.waveform is not None:
             waveform[row, : lengths[row]] = sample.waveform
-        if sample.frames is not None:
+        if isinstance(sample.frames, Tensor):
             frames[row] = sample.frames
         if labels is not None:
             labels[row, list(sample.labels)] = 1.0
@@ -314,6 +324,7 @@ def collate(samples: Sequence[Sample | Failure], *, spec: ClipSpec, num_classes:
         failures=[sample for sample in samples if isinstance(sample, Failure)],
         short=torch.tensor([sample.short for sample in good], dtype=torch.bool),
         truncated=tuple(path for sample in good for path in sample.truncated),
+        jpegs={row: sample.frames for row, sample in enumerate(good) if isinstance(sample.frames, Jpegs)},
         total=1 + max(sample.position for sample in samples),
     )
 

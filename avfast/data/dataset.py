@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from avfast.data.augment import eval_crop, resize_short_side, train_crop
+from avfast.data.augment import Crop, eval_crop, resize_short_side, train_crop
 from avfast.data.clip_list import Clip, ClipList, ShardRow
+from avfast.data.jpegs import Jpegs
 from avfast.data.media import MediaError, MediaFile, read_image
 from avfast.data.shard_source import ShardFile
 from avfast.data.spec import ClipSpec, Draw
@@ -53,7 +54,7 @@ class Sample:
     Attributes:
         index, step, position: as asked for.
         waveform: (samples,) float32, or None without audio.
-        frames: (F, 3, size, size) uint8, or None without video.
+        frames: (F, 3, size, size) uint8, not decoded yet where asked for, or None without video.
         labels: class indices.
         short: it has less than 95 % of the window that the model looks at; the rest will be padded.
         truncated: those of its files that end before their headers say.
@@ -63,7 +64,7 @@ class Sample:
     step: int
     position: int
     waveform: Tensor | None
-    frames: Tensor | None
+    frames: Tensor | Jpegs | None
     labels: tuple[int, ...]
     short: bool
     truncated: tuple[str, ...] = ()
@@ -88,7 +89,7 @@ class Whole:
     truncated: tuple[str, ...]
 
 
-_Cut = tuple[Tensor | None, Tensor | None, bool, tuple[str, ...]]  # audio, frames, short, truncated
+_Cut = tuple[Tensor | None, Tensor | Jpegs | None, bool, tuple[str, ...]]  # audio, frames, short, truncated
 
 
 class ClipDataset(Dataset[Sample | Failure]):
@@ -107,6 +108,8 @@ class ClipDataset(Dataset[Sample | Failure]):
         cache: keep what is decoded in memory: all audio, and 16 frames per clip or as many as ``spec.frames`` asks for,
             evenly spaced, with a short side of 1.25 image sizes at most. For data sets that fit.
         crop_scale: area share of the random crop.
+        jpegs: leave the frames of shard sets as they are: :meth:`avfast.data.clips.Batch.to` decodes those of a batch,
+            on the device that it goes to. Not with a cache.
     """
 
     def __init__(
@@ -118,7 +121,10 @@ class ClipDataset(Dataset[Sample | Failure]):
         seed: int = 0,
         cache: bool = False,
         crop_scale: tuple[float, float] = (0.2, 1.0),
+        jpegs: bool = False,
     ) -> None:
+        if jpegs and cache:
+            raise ValueError("jpegs: a cache keeps decoded frames; give one of the two")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale: expected 0 < low <= high <= 1, got {crop_scale}")
         self.clips = clip_list.clips
@@ -128,6 +134,7 @@ class ClipDataset(Dataset[Sample | Failure]):
         self.seed = seed
         self.cache = cache
         self.crop_scale = crop_scale
+        self.jpegs = jpegs
         self._cached: dict[int, Whole | MediaError] = {}
 
     def __len__(self) -> int:
@@ -146,7 +153,10 @@ class ClipDataset(Dataset[Sample | Failure]):
                 raise MediaError(self.clips[index].path, lacks)
         except MediaError as error:
             return Failure(error.path, error.reason, index, step, position)
-        if frames is not None:
+        if isinstance(frames, Jpegs):
+            if rng is not None:
+                frames = replace(frames, crop=Crop.draw(frames.height, frames.width, rng, self.crop_scale))
+        elif frames is not None:
             size = self.spec.image_size
             frames = eval_crop(frames, size) if rng is None else train_crop(frames, size, rng, scale=self.crop_scale)
         return Sample(index, step, position, waveform, frames, clip.labels, short, truncated)
@@ -194,13 +204,15 @@ class ClipDataset(Dataset[Sample | Failure]):
         video: Source | None,
         duration: float,
         draw: Draw,
-    ) -> tuple[Tensor | None, Tensor | None, bool, dict[str, float]]:
+    ) -> tuple[Tensor | None, Tensor | Jpegs | None, bool, dict[str, float]]:
         """Audio and frames of one window, whether it is short, and up to where both had to be there."""
         start, times = self.spec.window(duration, draw)
         waveform = None
         if audio is not None:
             waveform = audio.audio(sample_rate=self.spec.sample_rate, start=start, seconds=self.spec.seconds)
         end = {"audio": min(start + self.spec.seconds, duration), "video": max(times, default=0.0)}
+        if self.jpegs and isinstance(video, ShardFile):
+            return waveform, video.jpegs(times), self._short(duration), end
         return waveform, _frames(clip, video, times, duration), self._short(duration), end
 
     def _short(self, duration: float) -> bool:

@@ -6,6 +6,7 @@ Files are read at given places, so that forked processes may share them.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from avfast.data.clip_list import ClipList, PackedClips, ShardRow
+from avfast.data.jpegs import Jpegs
 from avfast.data.media import MediaError, MediaInfo, resample
 from avfast.data.shard_layout import ShardError, open_set
 
@@ -74,10 +76,29 @@ class ShardFile:
         """The stored frame nearest to each of ``times``: (len(times), height, width, 3) uint8 RGB, None without any."""
         if not self.info.has_video:
             return None
+        numbers = self._nearest(times)
+        images = {number: self._image(number) for number in set(numbers)}
+        return torch.stack([images[number] for number in numbers])
+
+    def jpegs(self, times: Sequence[float]) -> Jpegs | None:
+        """The same, not decoded."""
+        from PIL import Image
+
+        if not self.info.has_video:
+            return None
+        numbers = self._nearest(times)
+        files = {number: self._read(f"{number}.jpg") for number in dict.fromkeys(numbers)}
+        places = {number: place for place, number in enumerate(files)}
+        try:
+            with Image.open(io.BytesIO(files[numbers[0]]), formats=["JPEG"]) as image:
+                width, height = image.size
+        except (OSError, ValueError) as error:
+            raise MediaError(self.path, f"{self._clip.key}.{numbers[0]}.jpg: {error}") from None
+        return Jpegs(tuple(files.values()), tuple(places[number] for number in numbers), height, width)
+
+    def _nearest(self, times: Sequence[float]) -> list[int]:
         stored = np.asarray(self.frame_times)
-        nearest = [int(np.abs(stored - time).argmin()) for time in times]
-        images = {number: self._image(number) for number in set(nearest)}
-        return torch.stack([images[number] for number in nearest])
+        return [int(np.abs(stored - time).argmin()) for time in times]
 
     def measure(self) -> dict[str, float]:
         """As :meth:`avfast.data.media.MediaFile.measure`."""

@@ -86,6 +86,7 @@ class Config:
     shuffle_shards: int | None = setting(
         None, "shuffle so many shards at a time, clips within them, for storage that reads whole shards", low=1
     )
+    gpu_jpeg: bool = setting(False, "decode the frames of shard sets on the GPU (nvJPEG), in place of the workers")
     cache_media: bool = free(False, "keep decoded clips in memory, so that each file is decoded once")
     workers: int = free(8, "processes per rank that decode clips; 0: in the training process", low=0)
     max_bad_files: float = free(0.05, "share of undecodable files beyond which the run ends", low=0, high=1)

@@ -28,6 +28,7 @@ from avfast.train.setup import (
     build_model,
     check_clips,
     check_compiler,
+    check_jpeg,
     check_same,
     open_folder,
     resume_point,
@@ -116,6 +117,7 @@ def prepare(config: Config, device: torch.device, out: Path) -> Run:
     backends(device)  # raises where the named one cannot run
     if config.compile:
         check_compiler(device)
+    check_jpeg(config, device)
     # before the clips: lists of millions take minutes
     trainer = Trainer(build_model(config, fresh=resumed is None).to(device), config, device)
     train, held_out = data.sources(config)
@@ -197,6 +199,7 @@ def open_clips(run: Run) -> Loader:
         seed=config.seed,
         cache=config.cache_media,
         crop_scale=config.crop_scale,
+        jpegs=config.gpu_jpeg,
     )
     loader = make_loader(dataset, run.batches, config.workers, pin_memory=run.trainer.device.type == "cuda")
     if config.cache_media and len(run.batches):

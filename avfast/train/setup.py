@@ -109,6 +109,14 @@ def check_compiler(device: torch.device) -> None:
         raise SettingError(f"--compile needs a C++ compiler: no {missing} found; install one or set {variable}")
 
 
+def check_jpeg(config: Config, device: torch.device) -> None:
+    """Raises SettingError where frames are to be decoded on a GPU that is not there, or that decoded ones are kept."""
+    if config.gpu_jpeg and device.type != "cuda":
+        raise SettingError(f"--gpu_jpeg needs a CUDA device; this run is on {device}")
+    if config.gpu_jpeg and config.cache_media:
+        raise SettingError("--gpu_jpeg: --cache_media keeps decoded frames; use one of the two")
+
+
 def build_model(config: Config, fresh: bool = True) -> Model:
     """The model with the weights it starts from."""
     from avfast.models import create_model
