@@ -64,8 +64,8 @@ class Config:
 
     data: tuple[str, ...] = free(
         (),
-        "folders of media files, shard sets, CAV-MAE JSON manifests, AudioSet or VGGSound CSVs; none: the built-in demo "
-        "clips",
+        "folders of media files, shard sets, CAV-MAE JSON manifests, CSVs of AudioSet or VGGSound; none: the built-in "
+        "demo clips",
     )
     data_weights: tuple[float, ...] = free(
         (), "how often each of --data is drawn from, such as 3,1; clips drawn with replacement"
