@@ -22,7 +22,7 @@ from avfast.data.clips import Batch, ClipDataset, Failure, Sample, StepBatches, 
 from avfast.data.dataset import modalities
 from avfast.data.frontend import KaldiFrontend
 from avfast.data.manifest import read_all, read_folder
-from avfast.data.shard_layout import ShardError, ShardSettings, open_set
+from avfast.data.shard_layout import Entry, ShardError, ShardSettings, index_bytes, open_set
 from avfast.data.shard_source import ShardFile, read_set
 from avfast.data.spec import ClipSpec, even
 from avfast.shards.build import build
@@ -319,6 +319,11 @@ def test_shards_beside_media_and_other_shards(media: Path, built: Path, tmp_path
 
 
 def test_a_clip_of_a_set_takes_few_bytes(built: Path) -> None:
+    names = [f"{i * 7919:011d}_{i:06d}" for i in range(2000)]  # with the index, which all processes map, 120 bytes
+    entries = [
+        Entry(name, 1200, [320000, *[30000] * 10, 400], 10.0, True, [i % 527, 5]) for i, name in enumerate(names)
+    ]
+    assert len(index_bytes(iter([entries]), "")) + 13 * len(names) < 120 * len(names)
     clips = PackedClips.of_set(open_set(built))
     assert len(clips._buffer) == 8 + 13 * len(clips)
     assert len(PackedClips(clips)._buffer) == len(clips._buffer)

@@ -370,6 +370,10 @@ class ShardSet:
         return found
 
     def read(self, index: int, name: str) -> bytes:
+        """:meth:`view`, copied."""
+        return bytes(self.view(index, name))
+
+    def view(self, index: int, name: str) -> memoryview:
         """The content of a member of clip ``index``: ``s16``, ``<n>.jpg`` or ``json``.
 
         Raises:
@@ -393,7 +397,7 @@ class ShardSet:
             raise error(f"the shard is truncated, it ends before byte {offset + BLOCK + size}")
         if wrong := check(data, full, size):
             raise error(wrong)
-        return data[BLOCK:]
+        return memoryview(data)[BLOCK:]
 
     def _handle(self, shard: int) -> _Handle:
         handle = self._handles.get(shard)

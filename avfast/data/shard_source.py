@@ -78,6 +78,8 @@ class ShardFile:
             return None
         numbers = self._nearest(times)
         images = {number: self._image(number) for number in set(numbers)}
+        if len(numbers) == 1:
+            return images[numbers[0]][None]  # a view
         return torch.stack([images[number] for number in numbers])
 
     def jpegs(self, times: Sequence[float]) -> Jpegs | None:
@@ -87,7 +89,7 @@ class ShardFile:
         if not self.info.has_video:
             return None
         numbers = self._nearest(times)
-        files = {number: self._read(f"{number}.jpg") for number in dict.fromkeys(numbers)}
+        files = {number: bytes(self._read(f"{number}.jpg")) for number in dict.fromkeys(numbers)}
         places = {number: place for place, number in enumerate(files)}
         try:
             with Image.open(io.BytesIO(files[numbers[0]]), formats=["JPEG"]) as image:
@@ -115,9 +117,9 @@ class ShardFile:
         except RuntimeError as error:
             raise MediaError(self.path, f"{self._clip.key}.{member}: {' '.join(str(error).split())}") from None
 
-    def _read(self, member: str) -> bytes:
+    def _read(self, member: str) -> memoryview:
         try:
-            return self._set.read(self._number, member)
+            return self._set.view(self._number, member)
         except ShardError as error:
             shard = self._set.path(self._set.shard(self._number))
             raise MediaError(self.path, str(error).removeprefix(f"{shard}: ")) from None
