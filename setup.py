@@ -54,6 +54,7 @@ setup(
         "flash": ["flash-attn"],
         "xformers": ["xformers"],
         "shards": ["ray[data]"],
+        "parquet": ["pyarrow"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -66,6 +66,7 @@ class Batch:
         jpegs: by row, frames that :meth:`to` decodes; until then ``frames`` holds zeros for them.
         total: planned size of the global batch. It and ``progress`` are what the loader's sampler says.
         progress: of training in this step's epoch, see :func:`avfast.random.progress`.
+        starts: of each sample's window, see :class:`Sample`.
     """
 
     waveform: Tensor
@@ -83,6 +84,7 @@ class Batch:
     jpegs: dict[int, Jpegs] = field(default_factory=dict)
     total: int = 1
     progress: float = 0.0
+    starts: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -106,6 +108,11 @@ class Batch:
         for row, clip in zip(self.jpegs, decoded, strict=True):
             frames[row] = clip
         return replace(moved, frames=frames, jpegs={})
+
+    def rows(self, first: int, last: int) -> Batch:
+        """Some of its samples; what does not belong to one of them stays."""
+        part = self._map(lambda tensor: tensor[first:last])
+        return replace(part, positions=self.positions[first:last], starts=self.starts[first:last])
 
     def pin_memory(self) -> Batch:
         """This batch in page-locked memory (the hook of torch's DataLoader)."""
@@ -326,6 +333,7 @@ def collate(samples: Sequence[Sample | Failure], *, spec: ClipSpec, num_classes:
         truncated=tuple(path for sample in good for path in sample.truncated),
         jpegs={row: sample.frames for row, sample in enumerate(good) if isinstance(sample.frames, Jpegs)},
         total=1 + max(sample.position for sample in samples),
+        starts=tuple(sample.start for sample in good),
     )
 
 

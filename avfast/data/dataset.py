@@ -58,6 +58,7 @@ class Sample:
         labels: class indices.
         short: it has less than 95 % of the window that the model looks at; the rest will be padded.
         truncated: those of its files that end before their headers say.
+        start: of the window, in seconds of the clip, where a clip gives several.
     """
 
     index: int
@@ -68,6 +69,7 @@ class Sample:
     labels: tuple[int, ...]
     short: bool
     truncated: tuple[str, ...] = ()
+    start: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -188,14 +190,18 @@ class ClipDataset(Dataset[Sample | Failure]):
 
     def _decode(self, clip: Clip, rng: np.random.Generator | None) -> _Cut:
         draw = self.spec.draw(rng)
+        return self._decode_windows(clip, lambda duration: [draw])[0]
+
+    def _decode_windows(self, clip: Clip, draws: Callable[[float], Sequence[Draw]]) -> list[_Cut]:
+        """The windows that ``draws`` takes of a clip of so many seconds, at least one, from its files opened once."""
         with ExitStack() as stack:
             audio, video = _open(clip, stack)
             duration = _duration(audio, video)
-            waveform, frames, short, end = self._read(clip, audio, video, duration, draw)
-            there, truncated = _settle(audio, video, duration, end, self._slack)
+            cuts = [self._read(clip, audio, video, duration, draw) for draw in draws(duration)]
+            there, truncated = _settle(audio, video, duration, cuts[-1][3], self._slack)
             if there < duration:
-                waveform, frames, short, _ = self._read(clip, audio, video, there, draw)
-            return _non_empty(waveform), frames, short, truncated
+                cuts = [self._read(clip, audio, video, there, draw) for draw in draws(there)]
+            return [(_non_empty(waveform), frames, short, truncated) for waveform, frames, short, _ in cuts]
 
     def _read(
         self,

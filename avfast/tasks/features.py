@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -82,20 +82,9 @@ def pooled(
         failures.extend(batch.failures)
         if not len(batch):
             continue
-        inputs = model.frontend(batch.to(device))
-        has = {name: there for name, there in batch.has.items() if name in inputs}
-        # clips that have the same modalities together: a blank partner must not leak into what the other one gives
-        table = torch.stack(list(has.values()), 1)
-        for made_up in table.unique(dim=0).flip(0):
-            if not made_up.any():
-                continue
-            some = (table == made_up).all(1).nonzero()[:, 0]
-            absent = {name for name, there in zip(has, made_up.tolist(), strict=True) if not there}
-            with autocast():
-                given = {name: x[some.to(x.device)] for name, x in inputs.items() if name not in absent}
-                found = model.encode(**given)
-            for kind, vectors in _means(found).items():
-                rows.setdefault(kind, []).append(vectors.float().cpu())
+        for some, tokens in encoded(model, batch, device, autocast):
+            for kind, x in tokens.items():
+                rows.setdefault(kind, []).append(mean(x).cpu())
                 places.setdefault(kind, []).append(batch.index[some])
         index.append(batch.index)
         if batch.labels is not None:
@@ -105,12 +94,38 @@ def pooled(
     return _gather((index, labels, own, failures))
 
 
-def _means(found: Features) -> dict[str, Tensor]:
-    """``(B, D)`` by kind."""
-    tokens = {kind: x for kind, x in zip(KINDS, (found.audio, found.visual, found.fused), strict=True) if x is not None}
-    return {
-        kind: x.mean(torch.float32) if isinstance(x, PackedTokens) else x.float().mean(1) for kind, x in tokens.items()
-    }
+def encoded(
+    model: Model,
+    batch: Batch,
+    device: torch.device | str,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[tuple[Tensor, dict[str, Tensor | PackedTokens]]]:
+    """Tokens of the samples of a batch, each encoded with all the modalities it has, of those that the model takes.
+
+    Samples that have the same modalities go together: a blank partner must not leak into what the other one gives.
+
+    Yields:
+        ``(n,)`` rows of the batch, on the CPU, and by kind their tokens ``(n, N, D)``. Samples without any of the
+        model's modalities are left out.
+    """
+    inputs = model.frontend(batch.to(device))
+    has = {name: there.cpu() for name, there in batch.has.items() if name in inputs}
+    table = torch.stack(list(has.values()), 1)
+    for made_up in table.unique(dim=0).flip(0):
+        if not made_up.any():
+            continue
+        some = (table == made_up).all(1).nonzero()[:, 0]
+        absent = {name for name, there in zip(has, made_up.tolist(), strict=True) if not there}
+        with autocast():
+            given = {name: x[some.to(x.device)] for name, x in inputs.items() if name not in absent}
+            found: Features = model.encode(**given)
+        kinds = zip(KINDS, (found.audio, found.visual, found.fused), strict=True)
+        yield some, {kind: x for kind, x in kinds if x is not None}
+
+
+def mean(tokens: Tensor | PackedTokens) -> Tensor:
+    """``(B, D)`` float32, over the tokens of each instance."""
+    return tokens.mean(torch.float32) if isinstance(tokens, PackedTokens) else tokens.float().mean(1)
 
 
 _Share = tuple[list[Tensor], list[Tensor], dict[str, tuple[Tensor, Tensor]], list[Failure]]
