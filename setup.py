@@ -48,7 +48,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "scikit-learn"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "pyarrow"],
         "eval": ["scikit-learn", "torchmetrics", "mir_eval<0.9"],
         "dev": ["ruff", "mypy", "pre-commit", "tensorboard"],
         "flash": ["flash-attn"],

@@ -189,6 +189,7 @@ def process(rank: int, port: int, words: list[str]) -> None:
     assert main(words) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same(files, tmp_path):
     out = tmp_path / "all.npz"
     with socket.socket() as free:

@@ -141,8 +141,10 @@ def _bytes(names: list[str]) -> Tensor:
 
 
 def _to_npz(found: Embeddings, about: str, file: str) -> None:
-    arrays = {name: x.numpy() if isinstance(x, Tensor) else np.array(x, str) for name, x in found.columns().items()}
-    np.savez(file, avfast=np.array(about), **arrays)
+    arrays: dict[str, Any] = {
+        name: x.numpy() if isinstance(x, Tensor) else np.array(x, str) for name, x in found.columns().items()
+    }
+    np.savez(file, **arrays, avfast=np.array(about))
 
 
 def _from_npz(file: Path) -> _Columns:

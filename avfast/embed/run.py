@@ -33,6 +33,7 @@ BLOCK = 256  # clips; an interrupted run loses at most so many of each process
 
 Clips = ClipList | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Pool = Literal["mean", "max"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def load(model: str | os.PathLike[str], preset: str | None = None, **settings: Any) -> Model:
@@ -48,7 +49,7 @@ def load(model: str | os.PathLike[str], preset: str | None = None, **settings: A
     if preset is None:
         if settings:
             raise ValueError(f"{', '.join(settings)}: goes with a preset; a run's own settings say what its model is")
-        return cast(Model, checkpoint.load_model(model))
+        return cast(Model, checkpoint.load_model(os.fspath(model)))
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     build: Any = PRESETS[preset][0]
@@ -70,7 +71,7 @@ def embed(
     batch_size: int = 32,
     workers: int = 0,
     device: str | torch.device | None = None,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Embeddings:
     """Features of clips of any length, as ``model.encode`` gives them.
 
@@ -206,7 +207,7 @@ class _Job:
 
     @torch.no_grad()
     def run(
-        self, blocks: InMemory | OnDisk, batch_size: int, workers: int, device: torch.device, precision: str
+        self, blocks: InMemory | OnDisk, batch_size: int, workers: int, device: torch.device, precision: Precision
     ) -> None:
         """Adds this process's share of the blocks that are not finished."""
         from tqdm import tqdm
