@@ -129,8 +129,7 @@ class StepBatches:
 
     Each epoch is a new permutation of the clips, cut into global batches; the last, incomplete one is left out. With
     ``weights``, clips are drawn with replacement instead; with ``shards``, shards are permuted, and clips within groups
-    of them. A step's global batch does not depend on the number of processes: each takes a contiguous part of
-    it.
+    of them. A step's global batch does not depend on the number of processes: each takes a contiguous part of it.
 
     Args:
         num_clips: to choose from.
