@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from avfast.data.augment import eval_crop
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.dataset import ClipDataset, Failure, Item, Sample
@@ -86,7 +88,7 @@ class Windows(ClipDataset):
     def _read(self, *given: Any) -> Any:
         waveform, frames, *rest = super()._read(*given)
         # at once: the frames of all windows are a lot in their own size
-        return waveform, None if frames is None else eval_crop(frames, self.spec.image_size), *rest
+        return waveform, eval_crop(frames, self.spec.image_size) if isinstance(frames, Tensor) else frames, *rest
 
     def _clip(self, index: int) -> Clip:
         clip = super()._clip(index)
