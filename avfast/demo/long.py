@@ -1,8 +1,8 @@
 """A film: clips of equal length, one after the other, that are worth remembering.
 
 An object moves by the film's rule: from clip to clip its pitch (height) and its place across change by a fixed step and
-turn round at their limits, so that a clip can be told from its neighbours, by ear as by eye. In two clips, at least a
-third of the film apart, it is another instrument: one of four *events*. The class is which comes first and which
+turn round at their limits, so that a clip can be told from its neighbours, by ear as by eye. Twice, at least a third of the
+film apart, it becomes another instrument and stays so: one of four *events*. The class is which comes first and which
 second, 12 in all; whoever knows the events but not their order is right half of the time. Everything that names
 the class is seen and heard alike.
 
@@ -22,7 +22,7 @@ import numpy as np
 from .scene import INSTRUMENTS, RADIUS, Scene, Source
 from .synth import Waves
 
-EVENTS = (0, 3, 6, 7)  # instruments of the clips that count: bell, strings, organ, buzzer
+EVENTS = (0, 3, 6, 7)  # what the object becomes: bell, strings, organ, buzzer
 OTHERS = tuple(k for k in range(len(INSTRUMENTS)) if k not in EVENTS)
 ORDERS = tuple(permutations(EVENTS, 2))  # (first, second), by class index
 
@@ -66,7 +66,7 @@ class Film:
 
     id: str
     lag: int  # clips by which the sound is late
-    events: tuple[int, int]  # the clips in which they are seen; they are heard ``lag`` later
+    events: tuple[int, int]  # the clips from which on they are seen; they are heard ``lag`` later
     rule: Rule
     scenes: tuple[Scene, ...]  # as many as there are clips, and ``lag`` more
 

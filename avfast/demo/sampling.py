@@ -157,7 +157,7 @@ def _film(preset: Preset, split: str, id: str, label: int, rng: np.random.Genera
     rule = Rule(float(pitch), float(x))
     sources = [rule.at(first, step) for step in range(preset.clips + lag)]
     for place, instrument in zip(events, ORDERS[label], strict=True):
-        sources[place + lag] = replace(sources[place + lag], instrument=instrument)
+        sources[place + lag :] = [replace(source, instrument=instrument) for source in sources[place + lag :]]
     scenes = [
         Scene(
             id=f"{id}.{step}",
