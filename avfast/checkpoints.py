@@ -8,21 +8,24 @@ from the file (sizes, classes, decoder) is resized, left out or starts anew.
 
 from __future__ import annotations
 
-import math
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isqrt, prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avfast.nn import sincos
+from avfast.nn import PatchEmbed, sincos
 from avfast.weight_files import read
 
+logger = logging.getLogger("avfast")
 Source = str | Path | Mapping[str, Tensor]
 Rule = tuple[str, str | Callable[[re.Match], str] | None]
 Model = TypeVar("Model", bound=nn.Module)
@@ -167,7 +170,7 @@ def mlp_ratio(state: Mapping[str, Tensor], blocks: str, dim: int) -> float:
 
 def square(count: int) -> int | None:
     """Rows of a square grid of so many patches, if there is one."""
-    rows = math.isqrt(max(count, 0))
+    rows = isqrt(max(count, 0))
     return rows if count > 0 and rows**2 == count else None
 
 
@@ -224,11 +227,13 @@ def _spectrogram_size(
 
 # Resize and fit.
 
+Resizing = Literal["cut", "interpolate"]
+"""What a spectrogram or video shorter than the checkpoint's takes: the first positions in time, or all of them."""
 TABLES = {
     "patch_embed_a": ("pos_embed_a", "decoder.pos_embed_a", "decoders.audio.pos_embed"),
-    "patch_embed": ("pos_embed", "decoder.pos_embed_v", "decoders.visual.pos_embed"),
+    "patch_embed": ("pos_embed", "decoder.pos_embed", "decoder.pos_embed_v", "decoders.visual.pos_embed"),
 }
-"""Position tables by the patch embedding whose grid they follow."""
+"""Position tables by the patch embedding whose grid they follow, in the module that has both."""
 PARTS = {
     "head": ("num_classes", "joint_head"),
     "decoder": ("decoder_depth", "decoder_embed_dim", "decoder_num_heads"),
@@ -236,24 +241,111 @@ PARTS = {
 """Beginnings of the names of parts that start anew where the caller's settings differ from the checkpoint's."""
 
 
-def resize(table: Tensor, old: tuple[int, int], new: tuple[int, int], cut: bool = False) -> Tensor:
-    """Positions ``(1, rows * columns, D)`` of one grid for another, bilinearly along each axis whose length differs.
+@dataclass(frozen=True)
+class Grid:
+    """What a position table is of.
+
+    Attributes:
+        size: patches along each axis.
+        time: the axis that is time; None for an image.
+    """
+
+    size: tuple[int, ...]
+    time: int | None
+
+    def __str__(self) -> str:
+        return " x ".join(map(str, self.size))
+
+
+def grids(model: nn.Module) -> dict[str, Grid]:
+    """The grid of each position table of a model, by its name in the state dict."""
+    found: dict[str, Grid] = {}
+    for prefix, module in model.named_modules():
+        for name in TABLES:
+            embed = getattr(module, name, None)
+            if not isinstance(embed, PatchEmbed):
+                continue
+            # audio beside frames is (mel, time); on its own (time, mel), as a video is (time, row, column)
+            time = 1 if name == "patch_embed_a" else 0
+            grid = Grid(embed.grid_size, None if embed.proj.in_channels == 3 and len(embed.grid_size) == 2 else time)
+            for table in (f"{prefix}.{table}".lstrip(".") for table in TABLES[name]):
+                found[table] = grid
+                found[f"{table}.temporal"] = Grid(grid.size[:1], 0)
+                found[f"{table}.spatial"] = Grid(grid.size[1:], None)
+    return {name: grid for name, grid in found.items() if name in model.state_dict()}
+
+
+def resize(table: Tensor, old: Sequence[int], new: Sequence[int], cut: int | None = None) -> Tensor:
+    """Positions ``(1, N, D)`` of one grid for another, bicubically along each axis whose length differs.
+
+    With antialiasing, as timm does for images.
 
     Args:
-        table: row-major, without class tokens.
-        old: its (rows, columns).
-        new: those wanted.
-        cut: fewer columns are the first ones, which keeps what a column of a spectrogram means: its time.
+        table: row-major; what comes before the grid's, such as a class token's, stays.
+        old: its size.
+        new: that wanted.
+        cut: an axis along which a smaller size takes the first positions, which keeps what they mean: their time.
     """
-    grid = table.unflatten(1, old)[:, :, : new[1] if cut else None]
-    if tuple(grid.shape[1:3]) != tuple(new):
-        grid = F.interpolate(grid.permute(0, 3, 1, 2).float(), new, mode="bilinear", antialias=True)
-        grid = grid.permute(0, 2, 3, 1).to(table.dtype)
-    return grid.flatten(1, 2)
+    front, grid = table.split([table.shape[1] - prod(old), prod(old)], 1)
+    grid = grid.unflatten(1, tuple(old))
+    for axis, count in enumerate(new, 1):
+        if cut == axis - 1:
+            grid = grid.narrow(axis, 0, min(count, grid.shape[axis]))
+        if grid.shape[axis] != count:
+            rows = grid.movedim(axis, 0).float()
+            resized = F.interpolate(
+                rows.flatten(1)[None, None], (count, rows[0].numel()), mode="bicubic", antialias=True
+            )
+            grid = resized[0, 0].view(count, *rows.shape[1:]).movedim(0, axis).to(table.dtype)
+    return torch.cat([front, grid.flatten(1, len(old))], 1)
 
 
-def build(cls: Callable[..., Model], convert: Converter, source: Source, overrides: Mapping[str, Any]) -> Model:
+def resize_tables(
+    weights: dict[str, Tensor], old: Mapping[str, Grid], new: Mapping[str, Grid], resizing: Resizing = "cut"
+) -> None:
+    """Position tables among ``weights`` from their grids to those of a model, in place; the log says which.
+
+    Args:
+        weights: by the model's names.
+        old: their grids.
+        new: the model's, see :func:`grids`.
+        resizing: see :data:`Resizing`.
+    """
+    if resizing not in get_args(Resizing):
+        raise ValueError(f"resizing must be one of {', '.join(get_args(Resizing))}, got {resizing!r}")
+    said = []
+    for name in sorted(weights.keys() & old.keys() & new.keys()):
+        before, after = old[name], new[name]
+        fits = 0 <= weights[name].shape[1] - prod(before.size) <= 1  # a class token; others are said where they load
+        if before.size == after.size or len(before.size) != len(after.size) or not fits:
+            continue
+        cut = before.time if resizing == "cut" else None
+        weights[name] = resize(weights[name], before.size, after.size, cut)
+        shortened = cut is not None and after.size[cut] < before.size[cut]
+        others = any(m != n for i, (m, n) in enumerate(zip(before.size, after.size, strict=True)) if i != cut)
+        how = " and ".join(["cut"] * shortened + ["interpolated"] * (others or not shortened))
+        said.append(f"{name} {before} -> {after} ({how})")
+    if said:
+        logger.warning("positions of other sizes than the checkpoint's: %s", ", ".join(said))
+
+
+def build(
+    cls: Callable[..., Model],
+    convert: Converter,
+    source: Source,
+    overrides: Mapping[str, Any],
+    resizing: Resizing = "cut",
+    fill: Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Any], Mapping[str, Any]], None] | None = None,
+) -> Model:
     """A model from a checkpoint of another codebase: the one way of every ``from_released``.
+
+    Args:
+        cls: of the model.
+        convert: gives its settings and weights.
+        source: the checkpoint.
+        overrides: the caller's settings.
+        resizing: of positions for other sizes than the checkpoint's.
+        fill: loads (model, weights, settings, overrides), default :func:`fit`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -262,17 +354,13 @@ def build(cls: Callable[..., Model], convert: Converter, source: Source, overrid
     with naming(source):
         settings, weights = convert(load(source), **overrides)
         model = cls(**{**settings, **overrides})
-        frames, mels = settings["audio_size"]
-        grids = {
-            "patch_embed_a": (mels // settings["audio_patch_size"], frames // settings["audio_patch_size"]),
-            "patch_embed": (settings["img_size"] // settings["patch_size"],) * 2,
-        }
-        for embed, old in grids.items():
-            new = getattr(model, embed).grid_size
-            for name in TABLES[embed]:
-                if name in weights and weights[name].shape[1] == old[0] * old[1] and old != new:
-                    weights[name] = resize(weights[name], old, new, cut=embed == "patch_embed_a")
-        fit(model, weights, overrides)
+        with torch.device("meta"):
+            own = grids(cls(**settings))
+        resize_tables(weights, own, grids(model), resizing)
+        if fill is None:
+            fit(model, weights, overrides)
+        else:
+            fill(model, weights, settings, overrides)
     return model
 
 

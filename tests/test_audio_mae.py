@@ -214,8 +214,13 @@ def test_settings_come_from_the_checkpoint_and_what_does_not_fit_is_listed():
         AudioMAE.from_released({**state, "blocks.0.ls1": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"1 missing keys: audio.blocks.1.attn.qkv.bias"):
         AudioMAE.from_released({k: v for k, v in state.items() if k != "blocks.1.attn.qkv.bias"})
-    with pytest.raises(ValueError, match="have 128 mel bins"):
-        AudioMAE.from_released(state, audio_size=(256, 64))
+    fewer = AudioMAE.from_released(state, audio_size=(256, 64), decoder_depth=0)
+    table = state["pos_embed"][0, 1:].view(16, 8, 32)
+    assert torch.equal(fewer.audio.pos_embed[0, 0], state["pos_embed"][0, 0])
+    want = torch.nn.functional.interpolate(table[None], (4, 32), mode="bicubic", antialias=True)  # channels: time
+    assert_close("mel bins", fewer.audio.pos_embed[0, 1:].view(16, 4, 32), want[0], 1e-6)
+    with pytest.raises(ValueError, match=r"audio must be .* built or loaded with audio_size=\(256, 128\) takes it"):
+        fewer.encode(torch.zeros(1, 256, 128))
     with pytest.raises(ValueError, match="no AudioMAE checkpoint"):
         AudioMAE.from_released({"encoder.weight": torch.zeros(1)})
     fine_tuned = {k: v for k, v in state.items() if not k.startswith(("decoder", "mask", "norm."))}

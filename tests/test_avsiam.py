@@ -270,8 +270,13 @@ def test_classification_takes_either_modality_both_and_several_frames():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda m, a, v: m(a[:, :30], v), ValueError, r"audio must be \(B, 40, 16\), got \(3, 30, 16\)"),
-        (lambda m, a, v: m(a, v[..., :16]), ValueError, r"visual must be \(B, 3, 32, 32\)"),
+        (
+            lambda m, a, v: m(a[:, :30], v),
+            ValueError,
+            r"audio must be \(B, 40, 16\), got .*; .* with audio_size=\(30, 16\)",
+        ),
+        (lambda m, a, v: m(a, v[..., :16]), ValueError, r"visual must be \(B, 3, 32, 32\), got \(3, 3, 32, 16\)$"),
+        (lambda m, a, v: m(a, v[..., :16, :16]), ValueError, "a model built or loaded with img_size=16 takes it"),
         (lambda m, a, v: m(a[:2], v), ValueError, "batches of 2 and 3"),
         (lambda m, a, v: m(a, v.to(torch.uint8)), ValueError, "floating point"),
         (lambda m, a, v: m.encode(), ValueError, "give audio, visual or both"),

@@ -4,24 +4,29 @@ import argparse
 import collections
 import datetime
 import gzip
+import json
 import os
 import pathlib
 import re
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import assert_close
 from released import Released
 from safetensors.torch import save_file
 
-from avfast import CAVMAE, AVSiam, DeepAVFusion, checkpoints
+from avfast import CAVMAE, AVSiam, DeepAVFusion, checkpoints, create_model
 from avfast.nn import sincos
 from avfast.released.vit import ast_encoder
+from avfast.train import checkpoint
+from avfast.train.config import Config
+from avfast.train.setup import build_model
 
 timm = pytest.importorskip("timm")
+resample_abs_pos_embed = timm.layers.resample_abs_pos_embed
 VIT = "vit_tiny_patch16_224"
 SETTINGS = {"audio_size": (64, 32), "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
 ONE = torch.ones(2)
@@ -156,7 +161,7 @@ TINY_FUSION = {
 }  # fmt: skip
 
 
-def test_positions_follow_the_sizes_that_are_asked_for(cav_mae_state, released_state):
+def test_positions_follow_the_sizes_that_are_asked_for(cav_mae_state, released_state, caplog):
     row, column = torch.meshgrid(torch.arange(8.0), torch.arange(64.0), indexing="ij")
     table = torch.stack([row.flatten(), column.flatten()], 1)[None].repeat(1, 1, 384)
     for cls, state, name in ((CAVMAE, cav_mae_state, "pos_embed_a"), (AVSiam, released_state, "vit_base.pos_embed_a")):
@@ -164,9 +169,14 @@ def test_positions_follow_the_sizes_that_are_asked_for(cav_mae_state, released_s
         cut = cls.from_released(state, audio_size=(512, 128), img_size=384)
         assert torch.equal(cut.pos_embed_a[0].view(8, 32, -1), table[0].view(8, 64, -1)[:, :32])
         assert cut.pos_embed.shape[1] == 576 and cut.frontend_args["num_frames"] == 512
-        longer = cls.from_released(state, audio_size=(2048, 64)).pos_embed_a[0, :, :2].view(4, 128, 2)
-        assert_close("rows", longer[:, 64, 0], torch.tensor([0.5, 2.5, 4.5, 6.5]), 0.05)
-        assert_close("columns", longer[1, 2:126, 1], torch.arange(2, 126) / 2 - 0.25, 1e-5)
+        caplog.clear()
+        longer = cls.from_released(state, audio_size=(2048, 64)).pos_embed_a
+        assert_close("longer", longer, resample_abs_pos_embed(table, [4, 128], [8, 64], 0), 1e-5)
+        assert "pos_embed_a 8 x 64 -> 4 x 128 (interpolated)" in caplog.text
+        shorter = cls.from_released(state, audio_size=(512, 128), resizing="interpolate").pos_embed_a
+        assert_close("shorter", shorter, resample_abs_pos_embed(table, [8, 32], [8, 64], 0), 1e-5)
+        with pytest.raises(ValueError, match="resizing must be one of cut, interpolate, got 'crop'"):
+            cls.from_released(state, resizing="crop")
         short = {**state, name: table.view(1, 8, 64, -1)[:, :, :32].flatten(1, 2)}
         assert cls.from_released(short).audio_size == (512, 128)
         with pytest.raises(ValueError, match="pos_embed_a holds 511 positions, which fill no grid of 8 rows"):
@@ -189,9 +199,30 @@ def test_resizing_moves_only_the_axis_that_differs():
     table = torch.randn(1, 6 * 5, 4)
     grid = table.view(1, 6, 5, 4)
     assert torch.equal(checkpoints.resize(table, (6, 5), (6, 5)), table)
-    assert torch.equal(checkpoints.resize(table, (6, 5), (6, 3), cut=True), grid[:, :, :3].flatten(1, 2))
-    want = F.interpolate(grid[0].permute(0, 2, 1), 10, mode="linear").permute(0, 2, 1)
-    assert_close("longer", checkpoints.resize(table, (6, 5), (6, 10), cut=True), want.reshape(1, 60, 4), 1e-6)
+    assert torch.equal(checkpoints.resize(table, (6, 5), (6, 3), cut=1), grid[:, :, :3].flatten(1, 2))
+    longer = checkpoints.resize(table, (6, 5), (6, 10), cut=1).view(1, 6, 10, 4)
+    assert_close("longer", longer, resample_abs_pos_embed(table, [6, 10], [6, 5], 0).view(1, 6, 10, 4), 1e-6)
+    video = torch.randn(1, 1 + 4 * 30, 4)  # a class token, then (time, row, column)
+    smaller = checkpoints.resize(video, (4, 6, 5), (3, 3, 5), cut=0)
+    assert torch.equal(smaller[:, 0], video[:, 0])
+    for i in range(3):
+        want = resample_abs_pos_embed(video[:, 1 + 30 * i : 31 + 30 * i], [3, 5], [6, 5], 0)
+        assert_close("a time of a video", smaller[:, 1 + 15 * i : 16 + 15 * i], want, 1e-6)
+
+
+def test_a_run_starts_from_one_of_other_sizes(tmp_path):
+    arguments = {"depth": 1, "decoder_depth": 1}
+    model = create_model("avsiam_tiny", **arguments)
+    saved = {"config": json.loads(Config(model="avsiam_tiny", model_args=arguments).to_json())}
+    path = checkpoint.save(tmp_path / "checkpoints", 1, model.state_dict(), saved)
+    smaller = arguments | {"audio_size": [96, 64], "img_size": 32}
+    config = Config(model="avsiam_tiny", model_args=smaller, init_from=str(tmp_path))
+    short = build_model(config)
+    assert torch.equal(short.pos_embed_a[0].view(4, 6, -1), model.pos_embed_a[0].view(4, 12, -1)[:, :6])
+    assert_close("frames", short.pos_embed, resample_abs_pos_embed(model.pos_embed, [4, 4], [8, 8], 0), 1e-5)
+    assert short.decoder.pos_embed_a.shape[1] == 24
+    every = build_model(replace(config, resizing="interpolate", init_from=str(path)))
+    assert_close("audio", every.pos_embed_a, resample_abs_pos_embed(model.pos_embed_a, [4, 6], [4, 12], 0), 1e-5)
 
 
 def test_parts_that_are_declared_otherwise_start_anew(cav_mae_state):
@@ -345,8 +376,8 @@ def test_state_dicts_of_vits_of_other_grids_patches_and_heads():
     model = AVSiam(img_size=192, **settings)
     model.load_vit(state)
     table = model.pos_embed[0, :, 0].view(12, 12)
-    assert_close("rows", table[1:-1, 1].diff(), torch.full((9,), 5.0), 1e-5)
-    assert_close("columns", table[1, 1:-1].diff(), torch.full((9,), 0.5), 1e-5)
+    assert_close("rows", table[3:-3, 1].diff(), torch.full((5,), 5.0), 1e-5)
+    assert_close("columns", table[1, 3:-3].diff(), torch.full((5,), 0.5), 1e-5)
     with pytest.raises(ValueError, match=r"patch_embed.proj.weight \(32, 3, 16, 16\) instead of \(32, 3, 8, 8\)"):
         AVSiam(img_size=96, patch_size=8, **settings).load_vit(state)
     with pytest.raises(ValueError, match="it has no pos_embed"):

@@ -244,8 +244,8 @@ class AudioMAE(nn.Module):
         """Start the encoder from AudioMAE's.
 
         Args:
-            audio: its pre-training checkpoint or state dict, of a spectrogram at least as long; positions are the
-                checkpoint's.
+            audio: its pre-training checkpoint or state dict. Positions are the checkpoint's: the first ones where its
+                spectrogram is longer, interpolated where it is shorter or has other mel bins.
 
         Raises:
             ValueError: listing keys or shapes that do not fit.
@@ -255,16 +255,23 @@ class AudioMAE(nn.Module):
                 audio_mae.start(self.audio, checkpoints.load(audio))
 
     @classmethod
-    def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> AudioMAE:
+    def from_released(
+        cls,
+        checkpoint: str | Path | Mapping[str, Tensor],
+        *,
+        resizing: checkpoints.Resizing = "cut",
+        **settings: Any,
+    ) -> AudioMAE:
         """Load a released checkpoint: pre-trained with its local or global decoder, or fine-tuned.
 
         Args:
             checkpoint: path of a ``.pth`` or ``.safetensors`` file, or its state dict.
-            settings: overrides of the released settings. A shorter ``audio_size`` takes the first positions;
-                ``decoder_depth=0`` leaves the decoder out; another ``num_classes`` starts a new head.
+            resizing: of positions for another ``audio_size``, see :meth:`avfast.AVSiam.from_released`.
+            settings: overrides of the released settings. ``decoder_depth=0`` leaves the decoder out; another
+                ``num_classes`` starts a new head.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: naming the file, if it is no checkpoint; listing unknown, missing and misshapen entries.
         """
-        return audio_mae.build(cls, audio_mae.convert, checkpoint, settings)
+        return checkpoints.build(cls, audio_mae.convert, checkpoint, settings, resizing, audio_mae.fill)

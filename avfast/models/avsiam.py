@@ -317,7 +317,7 @@ class AVSiam(MaskedPair):
         """Take encoder weights from a ViT's state dict (timm's names) and restart what derives from them.
 
         Class, distillation and register tokens are left out and LayerScale goes into the weights, see
-        :func:`avfast.released.vit.plain_vit`. Positions of another grid are resized as a grid, bilinearly; those of an
+        :func:`avfast.released.vit.plain_vit`. Positions of another grid are resized as a grid, bicubically; those of an
         image start audio's as in :meth:`from_timm`. A one-channel patch kernel is a spectrogram transformer's (AST): it
         is spread over RGB for frames, and audio takes the positions of as many frames as it has.
 
@@ -354,20 +354,28 @@ class AVSiam(MaskedPair):
         self.copy_fusion()
 
     @classmethod
-    def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> AVSiam:
+    def from_released(
+        cls,
+        checkpoint: str | Path | Mapping[str, Tensor],
+        *,
+        resizing: checkpoints.Resizing = "cut",
+        **settings: Any,
+    ) -> AVSiam:
         """Load a released pre-training or fine-tuning checkpoint with the released settings.
 
         Args:
             checkpoint: path of a ``.pth`` or ``.safetensors`` file, or its state dict.
-            settings: overrides of the released settings. Positions are resized for another ``img_size`` or
-                ``audio_size`` (fewer frames keep the first ones); ``decoder_depth=0`` and ``num_classes=None`` leave
-                these parts out; other classes or another decoder than the checkpoint's start anew, with a warning.
+            resizing: of positions for another ``img_size`` or ``audio_size``, said in the log. ``"cut"``: fewer frames
+                of a spectrogram keep the first positions, as CAV-MAE's authors advise, and what else differs is
+                interpolated over the grid, bicubically; ``"interpolate"``: so is that.
+            settings: overrides of the released settings. ``decoder_depth=0`` and ``num_classes=None`` leave these parts
+                out; other classes or another decoder than the checkpoint's start anew, with a warning.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: naming the file, if it is no checkpoint; listing unknown, missing and misshapen entries.
         """
-        return checkpoints.build(cls, avsiam.convert, checkpoint, settings)
+        return checkpoints.build(cls, avsiam.convert, checkpoint, settings, resizing)
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

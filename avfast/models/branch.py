@@ -189,7 +189,13 @@ class Branch(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}; model.frontend.{name} makes it so")
         if tuple(x.shape[1:]) != shape:
-            raise ValueError(f"{name} must be (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+            fits = ""
+            if len(size) == 2 and x.ndim == 3:
+                fits = f"audio_size={tuple(x.shape[1:])}"
+            elif len(size) == 3 and x.ndim == 5 and x.shape[1] == 3 and x.shape[3] == x.shape[4]:
+                fits = f"num_frames={x.shape[2]} and img_size={x.shape[3]}"
+            hint = f"; a model built or loaded with {fits} takes it" if fits else ""
+            raise ValueError(f"{name} must be (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}{hint}")
         return x.unsqueeze(1) if len(size) == 2 else x
 
     def blank(self, like: Tensor) -> Tensor:

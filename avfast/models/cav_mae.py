@@ -188,15 +188,21 @@ class CAVMAE(MaskedPair):
         """Nothing: this model starts from no other's weights."""
 
     @classmethod
-    def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> CAVMAE:
+    def from_released(
+        cls,
+        checkpoint: str | Path | Mapping[str, Tensor],
+        *,
+        resizing: checkpoints.Resizing = "cut",
+        **settings: Any,
+    ) -> CAVMAE:
         """Load a released pre-training or fine-tuning checkpoint.
 
         Args:
             checkpoint: path of a ``.pth`` or ``.safetensors`` file, or its state dict.
-            settings: overrides of the released settings, as in :meth:`avfast.AVSiam.from_released`.
+            resizing, settings: as in :meth:`avfast.AVSiam.from_released`.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: naming the file, if it is no checkpoint; listing unknown, missing and misshapen entries.
         """
-        return checkpoints.build(cls, cav_mae.convert, checkpoint, settings)
+        return checkpoints.build(cls, cav_mae.convert, checkpoint, settings, resizing)

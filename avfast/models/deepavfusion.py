@@ -429,12 +429,18 @@ class DeepAVFusion(nn.Module):
             load_mae(audio, self.blocks_a, self.norm_a, self.patch_embed_a, transposed=True)
 
     @classmethod
-    def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> DeepAVFusion:
+    def from_released(
+        cls,
+        checkpoint: str | Path | Mapping[str, Tensor],
+        *,
+        resizing: checkpoints.Resizing = "cut",
+        **settings: Any,
+    ) -> DeepAVFusion:
         """Load a released pre-training checkpoint, with or without its decoders, with the released settings.
 
         Arguments and errors are those of :meth:`avfast.AVSiam.from_released`.
         """
-        return checkpoints.build(cls, deepavfusion.convert, checkpoint, settings)
+        return checkpoints.build(cls, deepavfusion.convert, checkpoint, settings, resizing)
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -431,12 +431,19 @@ class MAViL(nn.Module):
                     start(branch, checkpoints.load(source))
 
     @classmethod
-    def from_released(cls, checkpoint: str | Path | Mapping[str, Tensor], **settings: Any) -> MAViL:
+    def from_released(
+        cls,
+        checkpoint: str | Path | Mapping[str, Tensor],
+        *,
+        resizing: checkpoints.Resizing = "cut",
+        **settings: Any,
+    ) -> MAViL:
         """Load the released inference model: pre-trained, or fine-tuned on audio, video or both. It has no decoders.
 
-        Arguments and errors are those of :meth:`avfast.AudioMAE.from_released`; ``img_size`` is the checkpoint's.
+        Arguments and errors are those of :meth:`avfast.AudioMAE.from_released`; the checkpoint's frames are of 224
+        pixels, or of ``img_size`` where its positions are none of 224.
         """
-        return audio_mae.build(cls, mavil.convert, checkpoint, settings)
+        return checkpoints.build(cls, mavil.convert, checkpoint, settings, resizing, audio_mae.fill)
 
 
 class DiffMAViL(MAViL):

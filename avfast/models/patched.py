@@ -76,9 +76,12 @@ def images(audio: Tensor | None, visual: Tensor | None, audio_size: tuple[int, i
     if visual is None:
         visual = given.new_zeros(len(given), 3, size, size)
     if audio.ndim != 3 or tuple(audio.shape[1:]) != audio_size:
-        raise ValueError(f"audio must be (B, {audio_size[0]}, {audio_size[1]}), got {tuple(audio.shape)}")
+        fits = f"; a model built or loaded with audio_size={tuple(audio.shape[1:])} takes it" if audio.ndim == 3 else ""
+        raise ValueError(f"audio must be (B, {audio_size[0]}, {audio_size[1]}), got {tuple(audio.shape)}{fits}")
     if visual.ndim != 4 or tuple(visual.shape[1:]) != (3, size, size):
         hint = "; channels come first: visual.permute(0, 3, 1, 2)" if visual.shape[-1] == 3 else ""
+        if visual.ndim == 4 and visual.shape[1] == 3 and visual.shape[2] == visual.shape[3]:
+            hint = f"; a model built or loaded with img_size={visual.shape[3]} takes it"
         raise ValueError(f"visual must be (B, 3, {size}, {size}), got {tuple(visual.shape)}{hint}")
     return {"audio": audio.transpose(1, 2).unsqueeze(1), "visual": visual}
 

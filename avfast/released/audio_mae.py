@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from avfast.checkpoints import (
-    Converter,
+    Grid,
     Rule,
-    Source,
     block_count,
+    grids,
     listed,
-    load,
     load_into,
     mlp_ratio,
-    naming,
     num_heads,
     rename,
+    resize_tables,
 )
 
 if TYPE_CHECKING:
     from avfast.models.branch import Branch
 
-Model = TypeVar("Model", bound=nn.Module)
 MELS = 128
 """Mel bins of the released models' spectrograms."""
 BLOCK = r"(\d+\.(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])\.(?:weight|bias))"
@@ -70,7 +67,7 @@ def convert(state: Mapping[str, Tensor], **overrides: Any) -> tuple[dict[str, An
     """Settings and weights for :class:`avfast.AudioMAE` from a released checkpoint, pre-trained or fine-tuned."""
     weights = branch(state)
     settings = branch_settings(weights) | {
-        "audio_size": spectrogram_size(weights, overrides.get("audio_size")),
+        "audio_size": spectrogram_size(weights),
         "final_norm": "norm.weight" in weights,
     }
     settings["decoder"] = "local" if is_local(weights) else "global"
@@ -97,77 +94,59 @@ def branch_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return settings
 
 
-def spectrogram_size(weights: Mapping[str, Tensor], wanted: Sequence[int] | None = None) -> tuple[int, int]:
-    """(frames, mel bins) of a position table with a class token in front, whose length alone does not tell mel bins.
+def spectrogram_size(weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(frames, mel bins) of a position table with a class token in front, of the released models' mel bins.
 
     Raises:
-        ValueError: where they do not fill a grid, or where the mel bins ``wanted`` are others.
+        ValueError: where they do not fill a grid.
     """
     if "pos_embed" not in weights:
         raise ValueError("the checkpoint lacks pos_embed")
-    if wanted is not None and wanted[1] != MELS:
-        raise ValueError(f"the checkpoint's spectrograms have {MELS} mel bins, got audio_size={tuple(wanted)}")
     patch, count = weights["patch_embed.proj.weight"].shape[-1], weights["pos_embed"].shape[1] - 1
     if count < 1 or count % (MELS // patch):
         raise ValueError(f"pos_embed holds {count} positions, which fill no grid of {MELS} mel bins")
     return count // (MELS // patch) * patch, MELS
 
 
-def cut(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Position tables of longer inputs become those of the model's: their first rows, as time runs first."""
-    for key, value in weights.items():
-        if key.endswith("pos_embed") and key in own and value.shape[1] > own[key].shape[1]:
-            weights[key] = value[:, : own[key].shape[1]]
-
-
 def start(part: Branch, state: Mapping[str, Tensor]) -> None:
     """Fill the encoder of a branch from a checkpoint of AudioMAE. Errors are those of :func:`load_encoder`."""
     weights = branch(state)
-    load_encoder(part, weights, MELS // weights["patch_embed.proj.weight"].shape[-1])
+    rows = MELS // weights["patch_embed.proj.weight"].shape[-1]
+    load_encoder(part, weights, ((weights["pos_embed"].shape[1] - 1) // rows, rows))
 
 
-def load_encoder(part: Branch, weights: Mapping[str, Tensor], places: int) -> None:
-    """Fill the encoder of a branch; decoder and head of ``weights`` are left out.
+def load_encoder(part: Branch, weights: Mapping[str, Tensor], grid: tuple[int, ...]) -> None:
+    """Fill the encoder of a branch; decoder and head of ``weights`` are left out, and positions resized.
 
     Args:
         part: to fill.
         weights: by its names.
-        places: patches at one time in the weights' position table.
+        grid: patches along each axis of the weights' position table, time first.
 
     Raises:
-        ValueError: listing missing, left-over and misshapen entries; where the branch has more or fewer places, since
-            the first rows of the table would be positions of others.
+        ValueError: listing missing, left-over and misshapen entries.
     """
-    if (own_places := prod(part.patch_embed.grid_size[1:])) != places:
-        raise ValueError(f"the checkpoint has positions of {places} patches at a time, the model has {own_places}")
     chosen, own = {k: v for k, v in weights.items() if not k.startswith(("decoder.", "head."))}, part.state_dict()
     if "norm.weight" not in own:
         chosen = {k: v for k, v in chosen.items() if not k.startswith("norm.")}
-    cut(chosen, own)
+    resize_tables(chosen, {"pos_embed": Grid(grid, 0)}, grids(part))
     load_into(part, chosen, ("decoder.",))
 
 
-def build(cls: Callable[..., Model], convert: Converter, source: Source, overrides: Mapping[str, Any]) -> Model:
-    """A model of branches from a released checkpoint.
+def fill(
+    model: nn.Module, weights: Mapping[str, Tensor], settings: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """Load the weights of a model of branches from a released checkpoint.
 
     A part that the overrides leave out is left out of the weights; one that the checkpoint lacks, or a head of other
     classes, starts anew where the overrides ask for it.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, and listing unknown, missing, left-over and misshapen entries.
     """
-    with naming(source):
-        settings, weights = convert(load(source), **overrides)
-        model = cls(**{**settings, **overrides})
-        own = model.state_dict()
-        cut(weights, own)
-        asked = {"head": "num_classes", ".decoder.": "decoder_depth"}
-        fresh = []
-        for part, setting in asked.items():
-            if setting not in overrides or overrides[setting] == settings.get(setting):
-                continue
-            weights = {k: v for k, v in weights.items() if part not in k}
-            fresh += [k for k in own if part in k]
-        load_into(model, weights, fresh)
-    return model
+    own = model.state_dict()
+    asked = {"head": "num_classes", ".decoder.": "decoder_depth"}
+    fresh = []
+    for part, setting in asked.items():
+        if setting not in overrides or overrides[setting] == settings.get(setting):
+            continue
+        weights = {k: v for k, v in weights.items() if part not in k}
+        fresh += [k for k in own if part in k]
+    load_into(model, weights, fresh)

@@ -50,7 +50,8 @@ def branch(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def start(part: Branch, state: Mapping[str, Tensor]) -> None:
     """Fill the encoder of a branch of videos. Errors are those of :func:`avfast.released.audio_mae.load_encoder`."""
-    load_encoder(part, branch(state), state["pos_embed_spatial"].shape[1])
+    weights, rows = branch(state), square(state["pos_embed_spatial"].shape[1]) or 0
+    load_encoder(part, weights, (state["pos_embed_temporal"].shape[1], rows, rows))
 
 
 def convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

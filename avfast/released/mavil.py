@@ -36,14 +36,14 @@ def convert(state: Mapping[str, Tensor], **overrides: Any) -> tuple[dict[str, An
     if "pos_embed" not in visual:
         raise ValueError("the checkpoint lacks pos_embed_v")
     tubelet, patch, _ = visual["patch_embed.proj.weight"].shape[2:]
-    size = overrides.get("img_size", 224)
     count = visual["pos_embed"].shape[1] - 1
+    size = 224 if count % (224 // patch) ** 2 == 0 else overrides.get("img_size", 224)  # the released one, if it can be
     times, rest = divmod(count, (size // patch) ** 2)
     if rest or not times:
         raise ValueError(f"pos_embed_v holds {count} positions, which fill no grid of frames of {size} pixels")
     heads = {key.split(".")[1]: value.shape[0] for key, value in weights.items() if key.endswith(".1.weight")}
     settings = branch_settings(audio) | {
-        "audio_size": spectrogram_size(audio, overrides.get("audio_size")),
+        "audio_size": spectrogram_size(audio),
         "img_size": size,
         "num_frames": times * tubelet,
         "tubelet_size": tubelet,

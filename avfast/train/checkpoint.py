@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from avfast.checkpoints import Grid, grids
 from avfast.train.config import Config, SettingError, from_dict
 from avfast.train.recipes import load_model_of
 from avfast.weight_files import read
@@ -111,6 +112,15 @@ def load_model(where: str | Path) -> nn.Module:
     model = create_model(config.model, **config.model_args)
     model.load_state_dict(read(path / MODEL))
     return model
+
+
+def grids_of(path: Path) -> dict[str, Grid]:
+    """The grids of the position tables of a checkpoint folder's model; no generator moves on."""
+    from avfast.models import create_model
+
+    config = settings_of(path)
+    with torch.random.fork_rng(devices=[]):
+        return grids(create_model(config.model, **config.model_args))
 
 
 def rng_state() -> dict[str, Any]:

@@ -100,6 +100,9 @@ class Config:
     init_audio: str | None = free(None, "start the audio encoder from this AudioMAE checkpoint file")
     init_video: str | None = free(None, "start the video encoder from this mae_st checkpoint file")
     init_from: str | None = free(None, "start from the weights of this checkpoint folder (not its optimiser)")
+    resizing: Literal["cut", "interpolate"] = free(
+        "cut", "of the positions of --init_from for other sizes: a shorter spectrogram's are the first, or interpolated"
+    )
 
     epochs: float = free(20.0, "passes over the training clips", low=0)
     steps: int | None = free(None, "optimiser steps, in place of epochs; 0: evaluate the untrained model", low=0)

@@ -8,11 +8,13 @@ import random
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
+from avfast.checkpoints import grids, resize_tables
 from avfast.distributed import world_size
 from avfast.train import checkpoint, parallel
 from avfast.train.config import Config, SettingError, fields, model_settings
@@ -134,7 +136,9 @@ def build_model(config: Config, fresh: bool = True) -> Model:
             if getattr(config, flag):
                 start_from_file(model, config, flag)
     if config.init_from and fresh:
-        state, _ = checkpoint.load(checkpoint.find(config.init_from))
+        path = checkpoint.find(config.init_from)
+        state, _ = checkpoint.load(path)
+        resize_tables(state, checkpoint.grids_of(path), grids(cast(nn.Module, model)), config.resizing)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
