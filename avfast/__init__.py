@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from avfast.models import AVBERT, CAVMAE, AudioMAE, AVSiam, DeepAVFusion, DiffMAViL, MAViL, create_model, list_models
+from avfast.models import (
+    AVBERT,
+    CAVMAE,
+    AudioMAE,
+    AVSiam,
+    DeepAVFusion,
+    DiffMAViL,
+    MAViL,
+    create_model,
+    from_pretrained,
+    list_models,
+)
 from avfast.packing import PackedTokens
 
 __version__ = "0.1.0"
@@ -21,6 +32,7 @@ __all__ = [
     "__version__",
     "create_model",
     "embed",
+    "from_pretrained",
     "list_models",
 ]
 

@@ -368,8 +368,10 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], overrides: Mapping[str,
     """Load renamed weights; parts that ``overrides`` declare and that differ from the checkpoint's start anew."""
     own, weights = model.state_dict(), dict(weights)
     fresh, renewed = [], []
-    for part in sorted({key.split(".")[0] for key in (*own, *weights)}):
-        declared = [s for name, settings in PARTS.items() if part.startswith(name) for s in settings if s in overrides]
+    for part in sorted({_part(key) for key in (*own, *weights)}):
+        name = part.rpartition(".")[2]
+        relevant = [s for begin, settings in PARTS.items() if name.startswith(begin) for s in settings]
+        declared = [s for s in relevant if s in overrides]
         mine, theirs = (
             {key: value.shape for key, value in state.items() if key.startswith(f"{part}.")} for state in (own, weights)
         )
@@ -381,6 +383,13 @@ def fit(model: nn.Module, weights: Mapping[str, Tensor], overrides: Mapping[str,
         asked = ", ".join(f"{k}={v!r}" for k, v in overrides.items() if any(k in names for names in PARTS.values()))
         warnings.warn(f"{', '.join(renewed)}: not the checkpoint's, starting anew for {asked}", stacklevel=4)
     load_into(model, weights, fresh)
+
+
+def _part(key: str) -> str:
+    """The first component of a key, or as many as lead to one that :data:`PARTS` names: ``audio.decoder``."""
+    parts = key.split(".")
+    named = [i for i, part in enumerate(parts[:-1]) if part.startswith(tuple(PARTS))]
+    return ".".join(parts[: named[0] + 1] if named else parts[:1])
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], optional: Sequence[str] = ()) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,11 @@ def _plain(x: Tensor) -> bool:
 
 
 def float32_weights(init: Callable[P, None]) -> Callable[P, None]:
-    """Decorates a model's constructor: its weights and tables are float32 whatever ``torch.set_default_dtype`` says."""
+    """Decorates a model's constructor: its weights and tables are float32 whatever ``torch.set_default_dtype`` says.
+
+    The model keeps the arguments by name, defaults included, as ``settings``.
+    """
+    said = inspect.signature(init)
 
     @wraps(init)
     def constructor(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -56,6 +60,10 @@ def float32_weights(init: Callable[P, None]) -> Callable[P, None]:
             init(*args, **kwargs)
         finally:
             torch.set_default_dtype(before)
+        given = said.bind(*args, **kwargs)
+        given.apply_defaults()
+        (_, model), *settings = given.arguments.items()
+        cast(Any, model).settings = dict(settings)
 
     return constructor
 

@@ -1,4 +1,4 @@
-"""Files of tensors, read without running what is in them, and what a file that is none looks like."""
+"""Files of tensors, written, and read without running what is in them, and what a file that is none looks like."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _safe_types() -> list[Any]:
@@ -69,6 +71,17 @@ def read(path: Path, mmap: bool = False) -> Any:
         raise
     except Exception as error:  # readers of files raise many kinds for content that is none
         raise ValueError(f"{path} {_appearance(path, head, str(error))}") from error
+
+
+def write(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes tensors as a safetensors file, with the permissions of any new file."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    # cloned: safetensors refuses tensors that share memory
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, path, {"format": "pt"})
+    path.chmod(mode)  # safetensors lets nobody else read its files
 
 
 def _safetensors_header(head: bytes, size: int) -> bool:

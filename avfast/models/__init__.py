@@ -7,7 +7,7 @@ from avfast.models.cav_mae import CAVMAE
 from avfast.models.contract import Draws, Features, Figures, Model, Output
 from avfast.models.deepavfusion import DeepAVFusion
 from avfast.models.mavil import DiffMAViL, MAViL
-from avfast.models.registry import create_model, list_models
+from avfast.models.registry import create_model, from_pretrained, list_models
 
 __all__ = [
     "AVBERT",
@@ -23,5 +23,6 @@ __all__ = [
     "Model",
     "Output",
     "create_model",
+    "from_pretrained",
     "list_models",
 ]

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from avfast import checkpoints
+from avfast.hub import HubMixin
 from avfast.masking import Rounding
 from avfast.models.branch import Branch, MaskContent, classifier, reconstructions, transformer_blocks
 from avfast.models.contract import Draws, Features, Figures, Output
@@ -73,7 +74,7 @@ class AudioDraws(Draws):
         return replace(moved, audio=moved.audio.planned(torch.device(device)))
 
 
-class AudioMAE(nn.Module):
+class AudioMAE(nn.Module, HubMixin):
     """AudioMAE (see the head of this file).
 
     Args:

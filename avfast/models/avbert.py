@@ -50,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avfast.hub import HubMixin
 from avfast.models.avbert_draws import AVBERTDraws, Masks, Sampling
 from avfast.models.avbert_embed import Adapter, TimeEmbedding, fixed, outputs_at, take
 from avfast.models.avbert_losses import Drawn, Negatives, PairClassifier, PredictionHead, Terms, draw_negatives, means
@@ -70,7 +71,7 @@ Modality = Literal["visual", "audio"]
 Fusion = Literal["early", "mid", "late"]
 
 
-class AVBERT(nn.Module):
+class AVBERT(nn.Module, HubMixin):
     """AVBERT (see the head of this file).
 
     Its parts work alone: ``visual_cnn`` and ``audio_cnn`` on clips, :meth:`encode` on one modality or both.

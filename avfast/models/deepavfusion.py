@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avfast import checkpoints
+from avfast.hub import HubMixin
 from avfast.masking import Kept, check_ratio
 from avfast.models import patched
 from avfast.models.contract import Features, Figures, Output
@@ -73,7 +74,7 @@ Streams = tuple[Pending, Pending, Tensor]
 """Audio and visual tokens, each as (stream, update not yet added), and fusion tokens."""
 
 
-class DeepAVFusion(nn.Module):
+class DeepAVFusion(nn.Module, HubMixin):
     """DeepAVFusion (see the head of this file).
 
     ``encode`` gives the encoder alone; ``fused`` are its fusion tokens ``(B, F, D)`` in the order [fusion | visual

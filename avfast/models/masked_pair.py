@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from avfast.hub import HubMixin
 from avfast.masking import STRUCTURES, Kept, Structure, assign_ratios, check_ratio, spans
 from avfast.models import patched
 from avfast.models.contract import Features, Figures, Output
@@ -122,7 +123,7 @@ class PairDraws(KeptDraws):
         return permute_rows(torch.cat([audio, visual]), self.permutation, self.inverse)
 
 
-class MaskedPair(nn.Module):
+class MaskedPair(nn.Module, HubMixin):
     """Base of the two models; a subclass provides :meth:`unimodal`, :meth:`contrasted` and :meth:`fuse`.
 
     Args:

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from avfast import checkpoints
+from avfast.hub import HubMixin
 from avfast.masking import Rounding
 from avfast.models.branch import Branch, Fusion, MaskContent, classifier, reconstructions, transformer_blocks
 from avfast.models.contract import Features, Figures, Output
@@ -60,7 +61,7 @@ NAMES = ("audio", "visual")
 Head = Literal["audio", "visual", "fused"]
 
 
-class MAViL(nn.Module):
+class MAViL(nn.Module, HubMixin):
     """MAViL (see the head of this file).
 
     Args:

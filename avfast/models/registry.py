@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Callable
 from fnmatch import fnmatch
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+from avfast import checkpoints, hub
 from avfast.models.audio_mae import AudioMAE
 from avfast.models.avbert import AVBERT
 from avfast.models.avsiam import AVSiam
@@ -67,6 +71,14 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in PRESETS if fnmatch(name, pattern)]
 
 
+def preset_of(name: str) -> tuple[Any, dict[str, Any]]:
+    """Class and arguments of a preset; raises ValueError with the nearest names for an unknown one."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3) or list(PRESETS)
+        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+    return PRESETS[name]
+
+
 def create_model(name: str, **overrides: Any) -> Any:
     """Build a model by name.
 
@@ -78,8 +90,47 @@ def create_model(name: str, **overrides: Any) -> Any:
         ValueError: for an unknown name, with the nearest ones.
         TypeError: for an argument that the model does not take.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3) or list(PRESETS)
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
-    build, settings = PRESETS[name]
+    build, settings = preset_of(name)
     return build(**{**settings, **overrides})
+
+
+def from_released(checkpoint: checkpoints.Source, preset: str, **settings: Any) -> Any:
+    """A checkpoint of a paper's own code, by ``from_released`` of the class of a preset.
+
+    Args:
+        checkpoint: its file, or state dict.
+        preset: one of :func:`list_models`; where its sizes are not the checkpoint's, the checkpoint's are taken, with a
+            warning.
+        settings: overrides of the released settings.
+
+    Raises:
+        ValueError: for an unknown preset, one whose class has no released layout, and as ``from_released`` does.
+    """
+    build, given = preset_of(preset)
+    if not hasattr(build, "from_released"):
+        raise ValueError(f"{preset}: {build.__name__} knows no released checkpoints")
+    model = build.from_released(checkpoint, **settings)
+    defaults = {name: p.default for name, p in inspect.signature(build).parameters.items()}
+    for name in ("embed_dim", "depth"):
+        if (own := model.settings[name]) != (wanted := {**defaults, **given}[name]):
+            warnings.warn(f"the checkpoint has {name} {own}, {preset} {wanted}", stacklevel=2)
+    return model
+
+
+def from_pretrained(
+    where: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    **settings: Any,
+) -> Any:
+    """A model that was saved or published, of whatever class it is; arguments and errors are those of
+    :meth:`avfast.hub.HubMixin.from_pretrained`.
+    """
+    folder = hub.fetch(where, revision, token, cache_dir)
+    name, saved = hub.read_config(folder)
+    classes = {build.__name__: build for build, _ in PRESETS.values()}
+    if name not in classes:
+        raise ValueError(f"{where} holds a model of the class {name}, which is none of {', '.join(classes)}")
+    return hub.build(cast(Any, classes[name]), folder, saved, settings)

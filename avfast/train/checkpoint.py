@@ -11,13 +11,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avfast.checkpoints import Grid, grids
 from avfast.train.config import Config, SettingError, from_dict
 from avfast.train.recipes import load_model_of
-from avfast.weight_files import read
+from avfast.weight_files import read, write
 
 MODEL, STATE = "model.safetensors", "train_state.pt"
 
@@ -35,10 +34,8 @@ def save(folder: Path, step: int, model: Mapping[str, Tensor], state: dict[str, 
     final, temporary = folder / f"step-{step}", folder / f".writing-step-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    # cloned: safetensors refuses tensors that share memory
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.items()}, temporary / MODEL)
+    write(temporary / MODEL, model)
     torch.save(state, temporary / STATE)
-    shutil.copymode(temporary / STATE, temporary / MODEL)  # safetensors lets nobody else read its files
     for path in (temporary / MODEL, temporary / STATE, temporary):
         _sync(path)
     shutil.rmtree(final, ignore_errors=True)
