@@ -1,9 +1,9 @@
 """A film: clips of equal length, one after the other, that are worth remembering.
 
 An object moves by the film's rule: from clip to clip its pitch (height) and its place across change by a fixed step and
-turn round at their limits, so that a clip can be told from its neighbours, by ear as by eye. Twice, at least a third of the
-film apart, it becomes another instrument and stays so: one of four *events*. The class is which comes first and which
-second, 12 in all; whoever knows the events but not their order is right half of the time. Everything that names
+turn round at their limits, so that a clip can be told from its neighbours, by ear as by eye. Twice, at least a third of
+the film apart, it becomes another instrument and stays so: one of four *events*. The class is which comes first and
+which second, 12 in all; whoever knows the events but not their order is right half of the time. Everything that names
 the class is seen and heard alike.
 
 The sound is late by a whole number of clips, another one for each film. So sound and pictures of a film belong
