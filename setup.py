@@ -55,6 +55,9 @@ setup(
         "xformers": ["xformers"],
         "shards": ["ray[data]"],
         "parquet": ["pyarrow"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "trackio": ["trackio"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

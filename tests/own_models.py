@@ -252,7 +252,7 @@ class Matcher(Own):
 
 
 PRESETS |= {"own_listener": (Listener, {}), "own_watcher": (Watcher, {}), "own_matcher": (Matcher, {})}
-SHORT = {"steps": 2, "batch_size": 4, "workers": 0, "lr": 1e-2, "log_every": 1, "tensorboard": False, "figures": 2}
+SHORT = {"steps": 2, "batch_size": 4, "workers": 0, "lr": 1e-2, "log_every": 1, "figures": 2}
 
 
 def listener() -> Config:

@@ -26,7 +26,7 @@ def test_controls_stay_at_chance(changes, seeds, clips, tmp_path):
     for seed in range(seeds):
         config = replace(
             demo(), data=(str(clips.train),), class_csv=str(clips.class_csv), eval_data=(str(clips.test),), seed=seed,
-            out=str(tmp_path / str(seed)), tensorboard=False, figures=0, probe_clips=0, batch_size=24,
+            out=str(tmp_path / str(seed)), figures=0, probe_clips=0, batch_size=24,
             model_args={"embed_dim": 64, "depth": 2, "decoder_embed_dim": 32}, **changes,
         )  # fmt: skip
         summary = run(config)["retrieval"]

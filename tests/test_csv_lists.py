@@ -125,7 +125,7 @@ def test_a_run_says_how_many_clips_are_there(
     rows = [f"clip-{i:06d},30,{'dog' if i % 2 else 'cat'},{'test' if i in (4, 5, 9) else 'train'}\n" for i in range(10)]
     path = write(tmp_path / "v.csv", "".join(rows))
     run = ["--data", f"{path}:train", "--eval_data", f"{path}:test", "--media", str(tmp_path / "m")]
-    words = ["--steps=1", "--batch_size=4", "--figures=0", "--no-evaluate", "--no-tensorboard", "--no-count_flops"]
+    words = ["--steps=1", "--batch_size=4", "--figures=0", "--no-evaluate", "--no-count_flops"]
     assert main([*run, *words, "--model.depth=1", "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert f"{path}:train: 4 of 7 clips are in {tmp_path}/m (57.1%)\n" in printed

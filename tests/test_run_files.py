@@ -71,7 +71,7 @@ def test_losses_in_few_columns():
 def test_the_log_says_names_that_are_no_utf8(tmp_path, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    Log(tmp_path, 1, tensorboard=False).say("bad file caf\udce9, \u540d")
+    Log(tmp_path, 1).say("bad file caf\udce9, \u540d")
     assert written.getvalue() == b"bad file caf\\udce9, \\u540d\n"
 
 

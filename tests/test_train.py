@@ -28,7 +28,7 @@ from avfast.train.run import RunError
 from avfast.train.trainer import Trainer
 
 MODEL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
-QUIET = {"tensorboard": False, "count_flops": False, "figures": 0, "evaluate": False, "log_every": 1}
+QUIET = {"count_flops": False, "figures": 0, "evaluate": False, "log_every": 1}
 
 
 @pytest.fixture(scope="session")
@@ -377,7 +377,7 @@ def test_half_precision_has_a_scaler_per_branch(tmp_path, clips):
 
 def test_summary_pictures_and_evaluation_of_a_checkpoint(tmp_path, clips, capsys):
     config = settings(tmp_path / "run", clips)
-    summary = run(replace(config, evaluate=True, figures=2, tensorboard=True, knn_every=0.5))
+    summary = run(replace(config, evaluate=True, figures=2, tracker=("tensorboard",), knn_every=0.5))
     assert summary == json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["retrieval"]["gallery"] == 8 and summary["clips"] == {"train": 16, "held_out": 8}
     found = {"clips": 16, "looked_at": 16, "audio": 16, "video": 16, "both": 16, "unreadable": 0}
@@ -418,7 +418,7 @@ def test_untrained_and_extended_runs(tmp_path, clips):
 
 
 def test_too_many_bad_files_end_the_run(tmp_path, mixed, capsys):
-    words = ["--data", mixed, "--out", str(tmp_path / "run"), "--batch_size", "4", "--steps", "9", "--no-tensorboard"]
+    words = ["--data", mixed, "--out", str(tmp_path / "run"), "--batch_size", "4", "--steps", "9"]
     words += [f"--model.{k}={v}" for k, v in MODEL.items()] + ["--eval_fraction", "0", "--log_every", "1"]
     assert main(words) == 1
     printed = capsys.readouterr()
@@ -473,7 +473,7 @@ def test_wrong_settings_are_answered_in_one_line(words, says, tmp_path, clips, c
     words = [word if "{" not in word or ":" in word else word.format(**places) for word in words]
     if "auto" not in words:
         words += ["--out", str(tmp_path / "run")]
-    assert main([*words, "--steps", "1", "--batch_size", "4", "--no-tensorboard"]) == 2
+    assert main([*words, "--steps", "1", "--batch_size", "4"]) == 2
     printed = capsys.readouterr()
     assert says in printed.err and printed.err.count("\n") == 1, printed.err
     assert not (tmp_path / "run").exists()

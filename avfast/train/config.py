@@ -155,7 +155,9 @@ class Config:
     count_flops: bool = free(True, "FLOP/s in the log, beside a matmul rate measured at the start; a second or two")
     checkpoint_every: int | None = free(None, "steps between checkpoints (default: one per epoch)", low=1)
     keep_checkpoints: int = free(2, "newest checkpoints kept; 0: all", low=0)
-    tensorboard: bool = free(True, "write TensorBoard events where tensorboard is installed")
+    tracker: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = free(
+        (), "where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, several of them or none"
+    )
     figures: int = free(4, "held-out clips whose reconstruction is drawn at the end; 0: none", low=0)
     evaluate: bool = free(True, "retrieval, linear probe and nearest neighbours at the end")
     eval_clips: int | None = free(None, "at most so many held-out clips (the first by id hash)", low=2)

@@ -1,4 +1,4 @@
-"""What a run says: a line every n steps, metrics.jsonl, TensorBoard, a progress bar on a terminal. Rank 0 only."""
+"""What a run says: a line every n steps, metrics.jsonl, trackers, a progress bar on a terminal. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from avfast.train.config import mute
 from avfast.train.parallel import rank
+from avfast.train.trackers import Tracker, scalars
 
 
 def encodable(text: str) -> str:
@@ -51,25 +52,18 @@ class Log:
         out: run folder.
         total: optimiser steps of the whole run.
         start: steps already done; records after it, from a run that was killed later, are dropped.
-        tensorboard: also write events, where tensorboard is installed.
+        trackers: where the metrics go too, by name; of rank 0.
     """
 
-    def __init__(self, out: Path, total: int, start: int = 0, tensorboard: bool = True) -> None:
+    def __init__(self, out: Path, total: int, start: int = 0, trackers: Mapping[str, Tracker] | None = None) -> None:
         self.path, self.total, self.start = out / "metrics.jsonl", total, start
         self.began = time.perf_counter()
-        self.bar = self.events = None
+        self.bar, self.trackers = None, dict(trackers or {})
         self.active = rank() == 0
         if not self.active:
             return
         rows = [row for row in read_metrics(self.path) if row["step"] <= start] if start else []
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.events = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else None)
-            except ImportError:
-                pass
         if sys.stderr.isatty() and total > start:
             from tqdm import tqdm
 
@@ -112,11 +106,8 @@ class Log:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
-        if self.events is not None:
-            plain = {k: v for k, v in row.items() if k not in ("losses", "metrics", "knn")}
-            found = {f"knn/{k}": v for k, v in (row.get("knn") or {}).items() if k != "score"}
-            for name, value in (plain | row["losses"] | row["metrics"] | found).items():
-                self.events.add_scalar(name, value, step)
+        for name in list(self.trackers):
+            self._track(name, lambda tracker: tracker.add(step, scalars(row)))
         left = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
         eta = f"{int(left // 60)}:{int(left % 60):02d}"
         speed = f"{row['clips_per_second']:.{0 if row['clips_per_second'] > 99 else 1}f} clips/s "
@@ -129,13 +120,23 @@ class Log:
             scores = "  ".join(f"{name} {near[name]:.1%}" for name in near if name != "score")
             self.say(f"nearest neighbour, {near['score']}: {scores}")
 
+    def _track(self, name: str, call: Callable[[Tracker], None]) -> None:
+        """Hours of training are worth more than a tracker: one that fails is left out from there on."""
+        try:
+            call(self.trackers[name])
+        except Exception as error:  # each package has its own
+            del self.trackers[name]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.say(f"warning: {name} failed and is left out ({reason}); all metrics are in {self.path}")
+
     def close(self) -> None:
-        """Ends the bar and the event file."""
+        """Ends the bar and the trackers."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        if self.events is not None:
-            self.events.close()
+        for name in list(self.trackers):
+            self._track(name, lambda tracker: tracker.close())
+        self.trackers = {}
 
 
 def short(loss: float, losses: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from avfast.data.bad_files import BadFiles
 from avfast.data.clips import Batch, ClipDataset, Loader, StepBatches, make_loader
 from avfast.data.dataset import modalities
 from avfast.distributed import world_size
-from avfast.train import checkpoint, data, parallel, slurm
+from avfast.train import checkpoint, data, parallel, slurm, trackers
 from avfast.train.config import Config, SettingError
 from avfast.train.evaluate import KNN
 from avfast.train.log import Log
@@ -118,6 +118,7 @@ def prepare(config: Config, device: torch.device, out: Path) -> Run:
     if config.compile:
         check_compiler(device)
     check_jpeg(config, device)
+    trackers.check(config.tracker)
     # before the clips: lists of millions take minutes
     trainer = Trainer(build_model(config, fresh=resumed is None).to(device), config, device)
     train, held_out = data.sources(config)
@@ -151,7 +152,7 @@ def prepare(config: Config, device: torch.device, out: Path) -> Run:
     batches.start_step, batches.steps = start * config.accumulate, schedule.total * config.accumulate
     rate = sum(parallel.gather(matmul_rate(device, trainer.dtype))) if config.count_flops else None
     open_folder(config, out)
-    log = Log(out, schedule.total, start, config.tensorboard)
+    log = Log(out, schedule.total, start, trackers.start(config, out, start))
     return Run(
         config, out, trainer, train, held_out, clips, modalities=found, digest=digest, other_clips=others,
         batches=batches, start=start, schedule=schedule, bad=bad, log=log, matmul_rate=rate,
