@@ -2,9 +2,9 @@
 
 An object moves by the film's rule: from clip to clip its pitch (height) and its place across change by a fixed step and
 turn round at their limits, so that a clip can be told from its neighbours, by ear as by eye. Twice, at least a third of
-the film apart, it becomes another instrument and stays so: one of four *events*. The class is which comes first and
-which second, 12 in all; whoever knows the events but not their order is right half of the time. Everything that names
-the class is seen and heard alike.
+the film apart, it becomes another instrument and stays so: one of four *events*, each of which has its own loudness
+(size) and vibrato (hue). The class is which comes first and which second, 12 in all; whoever knows the events but not
+their order is right half of the time. Everything that names the class is seen and heard alike.
 
 The sound is late by a whole number of clips, another one for each film. So sound and pictures of a film belong
 together, those of a clip do not. What is heard before it was seen are the states from which the film goes on.
@@ -23,6 +23,7 @@ from .scene import INSTRUMENTS, RADIUS, Scene, Source
 from .synth import Waves
 
 EVENTS = (0, 3, 6, 7)  # what the object becomes: bell, strings, organ, buzzer
+MANNERS = ((0.1, 0.1), (0.1, 0.9), (0.9, 0.1), (0.9, 0.9))  # loudness (size) and vibrato (hue) of each, give or take
 OTHERS = tuple(k for k in range(len(INSTRUMENTS)) if k not in EVENTS)
 ORDERS = tuple(permutations(EVENTS, 2))  # (first, second), by class index
 
@@ -33,9 +34,9 @@ def film_class_names() -> list[str]:
 
 
 def event_places(clips: int, lag: int) -> list[tuple[int, int]]:
-    """Where two events may be in a film of so many clips: seen and heard both, at least a third of the film apart."""
+    """Where two events may be in a film of so many clips: not in the first, seen and heard, a third of it apart."""
     last = clips - lag
-    return [(i, j) for i in range(last) for j in range(i + 1, last) if 3 * (j - i) >= clips]
+    return [(i, j) for i in range(1, last) for j in range(i + 1, last) if 3 * (j - i) >= clips]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .long import ORDERS, OTHERS, Film, Rule, event_places
+from .long import EVENTS, MANNERS, ORDERS, OTHERS, Film, Rule, event_places
 from .scene import ARTICULATIONS, COLOURS, INSTRUMENTS, NUM_CLASSES, RADIUS, Scene, Source
 
 CELLS = 10
@@ -157,7 +157,9 @@ def _film(preset: Preset, split: str, id: str, label: int, rng: np.random.Genera
     rule = Rule(float(pitch), float(x))
     sources = [rule.at(first, step) for step in range(preset.clips + lag)]
     for place, instrument in zip(events, ORDERS[label], strict=True):
-        sources[place + lag :] = [replace(source, instrument=instrument) for source in sources[place + lag :]]
+        loudness, vibrato = (float(x) for x in MANNERS[EVENTS.index(instrument)] + rng.uniform(-0.1, 0.1, 2))
+        change = {"instrument": instrument, "loudness": loudness, "vibrato": vibrato}
+        sources[place + lag :] = [replace(source, **change) for source in sources[place + lag :]]
     scenes = [
         Scene(
             id=f"{id}.{step}",
