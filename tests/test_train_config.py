@@ -111,24 +111,13 @@ def test_orthogonal_matrices_learn_more_slowly_under_amsgrad():
 
 def test_flags():
     changed = resolve(
-        [
-            "demo",
-            "--batch-size",
-            "8",
-            "--lr=1e-3",
-            "--betas",
-            "0.9",
-            "0.99",
-            "--deterministic",
-            "--tracker",
-            "wandb",
-            "tensorboard",
-        ]
+        ["demo", "--batch-size", "8", "--lr=1e-3", "--betas", "0.9", "0.99", "--deterministic"]
+        + ["--tracker", "wandb,trackio", "--seed", "3"]
         + ["--data", "a b", "c,d", "--steps", "none", "--clip_grad", "None", "--evaluate", "false", "--eval_data=x,y"]
         + ["--model.depth", "4", "--model.mask_ratios", "[0, 0.5]", "--model.norm-pix", "False", "--epochs", "3"]
     )
     assert (changed.batch_size, changed.lr, changed.betas) == (8, 1e-3, (0.9, 0.99))
-    assert changed.deterministic and changed.tracker == ("wandb", "tensorboard") and not changed.evaluate
+    assert changed.deterministic and changed.tracker == ("wandb", "trackio") and not changed.evaluate
     assert changed.data == ("a b", "c,d") and changed.eval_data == ("x", "y")
     assert changed.steps is None and changed.clip_grad is None and changed.epochs == 3.0
     assert changed.model_args == demo().model_args | {"depth": 4, "mask_ratios": [0, 0.5], "norm_pix": False}
