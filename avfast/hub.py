@@ -107,7 +107,8 @@ class HubMixin:
             token: default that of ``hf auth login``.
             cache_dir: of downloads, default huggingface_hub's.
             settings: other arguments of the constructor than the saved ones. Decoder and classes that differ start
-                anew, with a warning; ``decoder_depth=0`` leaves the decoder out.
+                anew, with a warning; ``decoder_depth=0`` leaves the decoder out. Positions follow other sizes, as in
+                ``from_released``.
 
         Raises:
             ValueError: naming the folder, if it holds no such model or the weights do not fit.
@@ -171,14 +172,21 @@ def _tuples(value: Any) -> Any:
 
 def build(cls: type[Self], folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> Self:
     """A model of a folder, with other ``settings`` than the saved ones; raises what ``from_pretrained`` does."""
-    from avfast.checkpoints import fit, naming
+    import torch
+
+    from avfast.checkpoints import fit, grids, naming, resize_tables
     from avfast.weight_files import read
 
     if isinstance(settings.get("frontend"), dict):
         settings["frontend"] = {**(saved.get("frontend") or {}), **settings["frontend"]}
     with naming(folder):
         model = cls(**{**saved, **settings})
-        fit(cast("nn.Module", model), read(folder / WEIGHTS), settings)
+        weights = read(folder / WEIGHTS)
+        if settings:
+            with torch.device("meta"):
+                own = grids(cast("nn.Module", cls(**saved)))
+            resize_tables(weights, own, grids(cast("nn.Module", model)))
+        fit(cast("nn.Module", model), weights, settings)
     return model
 
 

@@ -205,5 +205,11 @@ def test_two_processes_write_the_same(files, tmp_path):
 def test_a_model_from_where_it_lies(files, tmp_path):
     loaded = load(files.run)
     assert all(torch.equal(x, loaded.state_dict()[k]) for k, x in files.model.state_dict().items())
-    with pytest.raises(ValueError, match="goes with a preset"):
+    with pytest.raises(ValueError, match="audio_size: a run's own settings say"):
         load(files.run, audio_size=(96, 64))
+    published = files.model.save_pretrained(tmp_path / "published")
+    assert torch.equal(load(published).pos_embed_a, files.model.pos_embed_a)
+    shorter = load(published, audio_size=(96, 64)).pos_embed_a  # the first 6 of 12 columns
+    assert torch.equal(shorter[0].view(4, 6, -1), files.model.pos_embed_a[0].view(4, 12, -1)[:, :6])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load(tmp_path / "none")

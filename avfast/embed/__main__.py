@@ -2,6 +2,7 @@
 
 python -m avfast.embed RUN CLIPS --out FILE                            of a run folder or one of its checkpoints
 python -m avfast.embed CHECKPOINT CLIPS --out FILE --preset NAME       of a released checkpoint
+python -m avfast.embed FOLDER CLIPS --out FILE                         of save_pretrained, or OWNER/NAME on the Hub
 torchrun --nproc_per_node=N -m avfast.embed ...                        each process does a share of the clips
 
 FILE ends in .safetensors, .npz or .parquet and has a row for each clip: id, path, start, and the features that the
@@ -23,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m avfast.embed", description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="run folder, checkpoint folder, or with --preset a released checkpoint's file")
+    add("model", metavar="MODEL", help="run folder, folder of save_pretrained, Hub id; with --preset a released file")
     add("clips", metavar="CLIPS", nargs="+", help="media files, folders, shard sets or manifests")
     add("--out", required=True, metavar="FILE", help=".safetensors, .npz or .parquet")
     add("--preset", metavar="NAME", help="a model of the released checkpoint's paper, such as avsiam_base")

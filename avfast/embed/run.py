@@ -23,6 +23,7 @@ from avfast.distributed import world_size
 from avfast.embed.parts import Block, InMemory, OnDisk, assemble
 from avfast.embed.record import Embeddings, check_name
 from avfast.embed.windows import Modality, Portions, Windows
+from avfast.hub import WEIGHTS
 from avfast.models import Model
 from avfast.packing import PackedTokens
 from avfast.tasks.features import KINDS, encoded, mean
@@ -40,15 +41,20 @@ def load(model: str | os.PathLike[str], preset: str | None = None, **settings: A
     """A trained model from where it lies, on the CPU.
 
     Args:
-        model: a run folder, or a checkpoint folder of one. With a preset, a released checkpoint's file.
+        model: a run folder or a checkpoint folder of one; a folder of ``save_pretrained``, or ``OWNER/NAME`` on the
+            Hub; with a preset, a released checkpoint's file.
         preset: the name of a model of its paper, such as ``avsiam_base``; the file tells its size.
-        settings: overrides of the released settings, such as ``audio_size=(512, 128)``.
+        settings: other arguments than the saved or released ones, such as ``audio_size=(512, 128)``; none for a run.
     """
-    from avfast.models.registry import PRESETS
+    from avfast.models.registry import PRESETS, from_pretrained
 
     if preset is None:
+        place = Path(model)
+        published = (place / WEIGHTS).is_file() and not (place / checkpoint.STATE).is_file()
+        if published or not place.exists():
+            return cast(Model, from_pretrained(os.fspath(model), **settings))
         if settings:
-            raise ValueError(f"{', '.join(settings)}: goes with a preset; a run's own settings say what its model is")
+            raise ValueError(f"{', '.join(settings)}: a run's own settings say what its model is")
         return cast(Model, checkpoint.load_model(os.fspath(model)))
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
