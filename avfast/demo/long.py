@@ -2,9 +2,9 @@
 
 An object moves by the film's rule: from clip to clip its pitch (height) and its place across change by a fixed step and
 turn round at their limits, so that a clip can be told from its neighbours, by ear as by eye. Twice, at least a third of
-the film apart, it becomes another instrument and stays so: one of four *events*, each of which has its own loudness
-(size) and vibrato (hue). The class is which comes first and which second, 12 in all; whoever knows the events but not
-their order is right half of the time. Everything that names the class is seen and heard alike.
+the film apart, it becomes another instrument and stays so: one of four *events*, each with a look and a sound of its own.
+The class is which comes first and which second, 12 in all; whoever knows the events but not their order is right half of
+the time. What names the class is seen as well as heard.
 
 The sound is late by a whole number of clips, another one for each film. So sound and pictures of a film belong
 together, those of a clip do not. What is heard before it was seen are the states from which the film goes on.
@@ -23,7 +23,8 @@ from .scene import INSTRUMENTS, RADIUS, Scene, Source
 from .synth import Waves
 
 EVENTS = (0, 3, 6, 7)  # what the object becomes: bell, strings, organ, buzzer
-MANNERS = ((0.1, 0.1), (0.1, 0.9), (0.9, 0.1), (0.9, 0.9))  # loudness (size) and vibrato (hue) of each, give or take
+# How each of them looks and sounds: loudness (size) and vibrato (hue), give or take, then colour and articulation.
+MANNERS = ((0.1, 0.1, 0, 0), (0.9, 0.9, 0, 1), (0.9, 0.1, 1, 0), (0.1, 0.9, 1, 1))
 OTHERS = tuple(k for k in range(len(INSTRUMENTS)) if k not in EVENTS)
 ORDERS = tuple(permutations(EVENTS, 2))  # (first, second), by class index
 

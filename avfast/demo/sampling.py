@@ -157,8 +157,14 @@ def _film(preset: Preset, split: str, id: str, label: int, rng: np.random.Genera
     rule = Rule(float(pitch), float(x))
     sources = [rule.at(first, step) for step in range(preset.clips + lag)]
     for place, instrument in zip(events, ORDERS[label], strict=True):
-        loudness, vibrato = (float(x) for x in MANNERS[EVENTS.index(instrument)] + rng.uniform(-0.1, 0.1, 2))
-        change = {"instrument": instrument, "loudness": loudness, "vibrato": vibrato}
+        loudness, vibrato, colour, articulation = MANNERS[EVENTS.index(instrument)]
+        change = {
+            "instrument": instrument,
+            "colour": colour,
+            "articulation": articulation,
+            "loudness": loudness + float(rng.uniform(-0.1, 0.1)),
+            "vibrato": vibrato + float(rng.uniform(-0.1, 0.1)),
+        }
         sources[place + lag :] = [replace(source, **change) for source in sources[place + lag :]]
     scenes = [
         Scene(
