@@ -59,7 +59,7 @@ def avbert_demo() -> Config:
         },
         crop_scale=(0.85, 1.0),
         batch_size=32,
-        epochs=15.0,
+        epochs=13.0,
         optimizer="adamw",
         amsgrad=True,
         lr=3e-3,
