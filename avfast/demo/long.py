@@ -2,9 +2,9 @@
 
 An object moves by the film's rule: from clip to clip its pitch (height) and its place across change by a fixed step and
 turn round at their limits, so that a clip can be told from its neighbours, by ear as by eye. Twice, at least a third of
-the film apart, it becomes another instrument and stays so: one of four *events*, each with a look and a sound of its own.
-The class is which comes first and which second, 12 in all; whoever knows the events but not their order is right half of
-the time. What names the class is seen as well as heard.
+the film apart, it becomes another instrument and stays so: one of four *events*, each with a look and a sound of its
+own. The class is which comes first and which second, 12 in all; whoever knows the events but not their order is right
+half of the time. What names the class is seen as well as heard.
 
 The sound is late by a whole number of clips, another one for each film. So sound and pictures of a film belong
 together, those of a clip do not. What is heard before it was seen are the states from which the film goes on.
