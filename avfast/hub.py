@@ -13,8 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
+from torch import nn
+
 if TYPE_CHECKING:
-    from torch import nn
+    from avfast.checkpoints import Resizing
 
 Self = TypeVar("Self", bound="HubMixin")
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -46,7 +49,7 @@ class HubMixin:
         from avfast.card import card
         from avfast.weight_files import write
 
-        folder, module = Path(folder), cast("nn.Module", self)
+        folder, module = Path(folder), cast(nn.Module, self)
         config = describe(self)
         text = card(type(self), config["arguments"], run, license)
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +100,7 @@ class HubMixin:
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
+        resizing: Resizing = "cut",
         **settings: Any,
     ) -> Self:
         """A model that was saved or published, on the CPU, in training mode.
@@ -106,9 +110,9 @@ class HubMixin:
             revision: branch, tag or commit on the Hub.
             token: default that of ``hf auth login``.
             cache_dir: of downloads, default huggingface_hub's.
+            resizing: of positions for another ``audio_size`` or ``img_size``, as of ``from_released``.
             settings: other arguments of the constructor than the saved ones. Decoder and classes that differ start
-                anew, with a warning; ``decoder_depth=0`` leaves the decoder out. Positions follow other sizes, as in
-                ``from_released``.
+                anew, with a warning; ``decoder_depth=0`` leaves the decoder out.
 
         Raises:
             ValueError: naming the folder, if it holds no such model or the weights do not fit.
@@ -118,7 +122,7 @@ class HubMixin:
         name, saved = read_config(folder)
         if name not in [c.__name__ for c in cls.__mro__]:
             raise ValueError(f"{where} holds a model of the class {name}, not {cls.__name__}")
-        return build(cls, folder, saved, settings)
+        return build(cls, folder, saved, settings, resizing)
 
 
 def describe(model: HubMixin) -> dict[str, Any]:
@@ -134,6 +138,8 @@ def describe(model: HubMixin) -> dict[str, Any]:
         given, made = arguments["frontend"] or {}, model.frontend  # type: ignore[attr-defined]
         own = model.frontend_args.keys() - given.keys()  # type: ignore[attr-defined]  # follow from the model's sizes
         arguments["frontend"] = {k: v for k, v in made.to_dict().items() if k not in own}
+        if arguments["frontend"].get("time_shift") == made.num_frames:
+            arguments["frontend"]["time_shift"] = None  # the default, which follows the model's size too
     for key, value in arguments.items():
         try:
             json.dumps(value)
@@ -170,10 +176,10 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def build(cls: type[Self], folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> Self:
+def build(
+    cls: type[Self], folder: Path, saved: dict[str, Any], settings: dict[str, Any], resizing: Resizing = "cut"
+) -> Self:
     """A model of a folder, with other ``settings`` than the saved ones; raises what ``from_pretrained`` does."""
-    import torch
-
     from avfast.checkpoints import fit, grids, naming, resize_tables
     from avfast.weight_files import read
 
@@ -184,9 +190,9 @@ def build(cls: type[Self], folder: Path, saved: dict[str, Any], settings: dict[s
         weights = read(folder / WEIGHTS)
         if settings:
             with torch.device("meta"):
-                own = grids(cast("nn.Module", cls(**saved)))
-            resize_tables(weights, own, grids(cast("nn.Module", model)))
-        fit(cast("nn.Module", model), weights, settings)
+                own = grids(cast(nn.Module, cls(**saved)))
+            resize_tables(weights, own, grids(cast(nn.Module, model)), resizing)
+        fit(cast(nn.Module, model), weights, settings)
     return model
 
 

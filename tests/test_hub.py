@@ -68,6 +68,16 @@ def test_the_decoder_can_be_left_out_or_start_anew(name, tmp_path):
         avfast.from_pretrained(tmp_path, embed_dim=64)
 
 
+def test_another_size_cuts_or_interpolates_positions(tmp_path):
+    model = small("avsiam_tiny")
+    model.save_pretrained(tmp_path)
+    short = avfast.from_pretrained(tmp_path, audio_size=(96, 64))
+    table = model.pos_embed_a[0].unflatten(0, (4, 12))
+    assert torch.equal(short.pos_embed_a[0], table[:, :6].flatten(0, 1)) and short.frontend.time_shift == 96
+    other = avfast.from_pretrained(tmp_path, audio_size=(96, 64), resizing="interpolate")
+    assert other.pos_embed_a.shape == short.pos_embed_a.shape and not torch.equal(other.pos_embed_a, short.pos_embed_a)
+
+
 def test_defaults_of_another_day_change_nothing(tmp_path, monkeypatch):
     """The folder says everything, the front end's defaults too."""
     model = small("avsiam_tiny")

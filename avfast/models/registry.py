@@ -123,6 +123,7 @@ def from_pretrained(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    resizing: checkpoints.Resizing = "cut",
     **settings: Any,
 ) -> Any:
     """A model that was saved or published, of whatever class it is; arguments and errors are those of
@@ -133,4 +134,4 @@ def from_pretrained(
     classes = {build.__name__: build for build, _ in PRESETS.values()}
     if name not in classes:
         raise ValueError(f"{where} holds a model of the class {name}, which is none of {', '.join(classes)}")
-    return hub.build(cast(Any, classes[name]), folder, saved, settings)
+    return hub.build(cast(Any, classes[name]), folder, saved, settings, resizing)
