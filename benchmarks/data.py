@@ -196,7 +196,7 @@ def training(case: Case, folder: Path, workers: int, batch: int, rounds: int, ea
             recipe="nothing", model="nothing", data=(str(folder),), eval_fraction=0.0, out=out + "/run", device="cpu",
             model_args={"num_frames": case.frontend.num_frames, "image_size": case.frontend.image_size},
             workers=workers, batch_size=batch, steps=(rounds + 1) * each, log_every=each, checkpoint_every=10**9,
-            count_flops=False, tensorboard=False, figures=0, evaluate=False, timm=None,
+            count_flops=False, figures=0, evaluate=False, timm=None,
         )  # fmt: skip
         with mock.patch.object(Log, "record", noted):
             run(config)

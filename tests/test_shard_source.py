@@ -384,7 +384,7 @@ def test_a_run_from_shards(damaged: Path, tmp_path: Path, capsys: pytest.Capture
 
     model = '{"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}'
     words = f"demo --data {damaged} --steps 3 --batch_size 4 --workers 0 --figures 0 --log_every 1 --no-count_flops "
-    words += "--no-tensorboard --eval_fraction 0.3 --shuffle_shards 2 --probe_clips 0 --model_args"
+    words += "--eval_fraction 0.3 --shuffle_shards 2 --probe_clips 0 --model_args"
     assert main([*words.split(), model, "--out", str(tmp_path / "run"), "--max_bad_files", "0.9"]) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     bad = summary["bad_files"]["files"]

@@ -30,7 +30,7 @@ MODEL = {
 def films(tmp_path_factory):
     """8 + 4 films of four seconds."""
     root = tmp_path_factory.mktemp("films")
-    short = replace(PRESETS["long"], name="short", width=32, height=32, seconds=4.0, clips=4, lag=1)
+    short = replace(PRESETS["long"], name="short", width=32, height=32, seconds=4.0, clips=4, lag=0)
     made = build(short, root, clips=8, test_clips=4, workers=1, progress=False)
     return SimpleNamespace(train=str(made.train), test=str(made.test), classes=str(made.class_csv))
 
