@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -158,7 +159,7 @@ def _film(preset: Preset, split: str, id: str, label: int, rng: np.random.Genera
     sources = [rule.at(first, step) for step in range(preset.clips + lag)]
     for place, instrument in zip(events, ORDERS[label], strict=True):
         loudness, vibrato, colour, articulation = MANNERS[EVENTS.index(instrument)]
-        change = {
+        change: dict[str, Any] = {
             "instrument": instrument,
             "colour": colour,
             "articulation": articulation,
