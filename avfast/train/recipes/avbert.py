@@ -56,10 +56,12 @@ def avbert_demo() -> Config:
             "audio_size": [16, 48],
             "audio_args": {"width": 8, "depths": [1, 1, 1, 1], "strides": [2, 2, 2, 2]},
             "frontend": {"sample_rate": 16000, "mean": -5.0, "std": 4.0},
+            "pool_size": 16,
+            "num_negatives": 32,
         },
         crop_scale=(0.85, 1.0),
         batch_size=32,
-        epochs=13.0,
+        epochs=11.0,
         optimizer="adamw",
         amsgrad=True,
         lr=3e-3,
@@ -71,6 +73,7 @@ def avbert_demo() -> Config:
         schedule="linear",
         warmup_share=0.06,
         log_every=31,
+        probe_l2=1e-3,
         checkpoint_every=1000,
     )
 
