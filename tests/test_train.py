@@ -377,7 +377,7 @@ def test_half_precision_has_a_scaler_per_branch(tmp_path, clips):
 
 def test_summary_pictures_and_evaluation_of_a_checkpoint(tmp_path, clips, capsys):
     config = settings(tmp_path / "run", clips)
-    summary = run(replace(config, evaluate=True, figures=2, tracker=("tensorboard",), knn_every=0.5))
+    summary = run(replace(config, evaluate=True, figures=2, knn_every=0.5))
     assert summary == json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["retrieval"]["gallery"] == 8 and summary["clips"] == {"train": 16, "held_out": 8}
     found = {"clips": 16, "looked_at": 16, "audio": 16, "video": 16, "both": 16, "unreadable": 0}
