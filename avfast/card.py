@@ -47,9 +47,10 @@ def of_run(run: Path) -> list[str]:
     """How a run trained, and the scores it ended with."""
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        config["recipe"], config["model"]  # noqa: B018  those of a run have them
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{run} is no run folder: it has no config.json of a run") from None
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or not {"recipe", "model"} <= config.keys():
+        raise ValueError(f"{run} is no run folder: it has no config.json of a run")
     path = run / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     clips = summary.get("clips") or {}

@@ -144,7 +144,10 @@ def test_what_cannot_be_is_said(files, tmp_path, capsys):
         ([str(files.run), str(tmp_path / "b"), "--out", str(tmp_path / "a.npz")], "CLIPS: no such file or folder"),
         ([str(files.run), clips, "--out", str(tmp_path / "a.npz"), "--hop", "0"], "hop: expected more than 0"),
         ([str(files.run), f"{clips}/broken.mp4", "--out", str(tmp_path / "a.npz")], "no clip gave features"),
-        ([str(files.run), clips, "--out", str(tmp_path / "a.npz"), "--preset", "big"], "preset: expected one of"),
+        (
+            [str(files.run), clips, "--out", str(tmp_path / "a.npz"), "--preset", "big"],
+            "unknown model 'big'; did you mean",
+        ),
     ]
     for words, message in cases:
         assert main([*words, "--workers", "0"]) == 2

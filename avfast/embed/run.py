@@ -46,7 +46,7 @@ def load(model: str | os.PathLike[str], preset: str | None = None, **settings: A
         preset: the name of a model of its paper, such as ``avsiam_base``; the file tells its size.
         settings: other arguments than the saved or released ones, such as ``audio_size=(512, 128)``; none for a run.
     """
-    from avfast.models.registry import PRESETS, from_pretrained
+    from avfast.models.registry import from_pretrained, from_released
 
     if preset is None:
         place = Path(model)
@@ -56,10 +56,7 @@ def load(model: str | os.PathLike[str], preset: str | None = None, **settings: A
         if settings:
             raise ValueError(f"{', '.join(settings)}: a run's own settings say what its model is")
         return cast(Model, checkpoint.load_model(os.fspath(model)))
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    build: Any = PRESETS[preset][0]
-    return build.from_released(model, **settings)
+    return cast(Model, from_released(os.fspath(model), preset, **settings))
 
 
 def embed(

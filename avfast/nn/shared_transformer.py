@@ -241,8 +241,8 @@ class SharedLowRankTransformer(nn.Module):
         """What all layers of all transformers use, computed from the parameters once.
 
         In evaluation mode and without gradients they are kept until a parameter has another place or version, a call
-        wants gradients, or `train()` or `eval()` is called. Call one of these after what changes parameters and not
-        their versions: edits in place of `parameter.data`, and fused optimisers. Never kept are those of parameters
+        wants gradients, or ``train()`` or ``eval()`` is called. Call one of these after what changes parameters and not
+        their versions: edits in place of ``parameter.data``, and fused optimisers. Never kept are those of parameters
         that FSDP shards, whose versions it hides, or that are inference tensors, which have none, and what a CUDA
         graph computes.
 
