@@ -24,6 +24,7 @@ from avfast.data.frontend import KaldiFrontend
 from avfast.data.manifest import read_all, read_folder
 from avfast.data.shard_layout import Entry, ShardError, ShardSettings, index_bytes, open_set
 from avfast.data.shard_source import ShardFile, read_set
+from avfast.data.shard_tar import shard_name
 from avfast.data.spec import ClipSpec, even
 from avfast.shards.build import build
 from avfast.train import data
@@ -74,10 +75,10 @@ def damaged(built: Path, tmp_path: Path) -> Path:
     shards = open_set(folder)
     number = 4
     place = {name: (offset, size) for name, offset, size in shards.members(number)}
-    change(shards.path(shards.shard(number)), place["s16"][0] + 512 + place["s16"][1] // 2)
-    last = shards.path(shards.shard(len(shards) - 1))
+    change(folder / shard_name(shards.shard(number)), place["s16"][0] + 512 + place["s16"][1] // 2)
+    last = folder / shard_name(shards.shard(len(shards) - 1))
     os.truncate(last, 2000)
-    shards.path(0).unlink()
+    (folder / shard_name(0)).unlink()
     return folder
 
 
@@ -241,7 +242,7 @@ def test_shard_and_member_of_what_is_damaged_are_named(built: Path, damaged: Pat
     assert set(found) == {*shards.clips_of(0), 4, *shards.clips_of(last)}
     assert all(failure.path == shards.where(i) for i, failure in found.items())
     assert all("No such file" in found[i].reason for i in shards.clips_of(0))
-    assert found[4].path.endswith(f"{shards.path(shards.shard(4)).name}/{shards.key(4)}")
+    assert found[4].path.endswith(f"{shard_name(shards.shard(4))}/{shards.key(4)}")
     assert found[4].reason.startswith(f"{shards.key(4)}.s16: damaged content")
     assert all("truncated" in found[i].reason for i in shards.clips_of(last))
     # audio and frames of one set, the index of another

@@ -29,7 +29,8 @@ from media_files import shown, write
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.manifest import read_folder
 from avfast.data.media import read_audio
-from avfast.data.shard_layout import Entry, ShardError, ShardSettings, index_bytes, key_of, open_set
+from avfast.data.shard_layout import Entry, ShardError, ShardSettings, index_bytes, open_set
+from avfast.data.shard_tar import key_of
 from avfast.shards import ShardSpec, build, build_shard, pool
 from avfast.shards.__main__ import main
 from avfast.shards.verify import verify

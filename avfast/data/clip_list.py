@@ -99,6 +99,11 @@ class PackedClips(Sequence[Clip]):
         taken._fill(self._bytes(i) for i in indices)
         return taken
 
+    @property
+    def sets(self) -> list[ShardSet]:
+        """The shard sets of its clips; of clips left out too."""
+        return self._rows.sets
+
     def _bytes(self, index: int) -> bytes:
         first = 8 * (self._count + 1)
         return self._buffer[first + int(self._ends[index]) : first + int(self._ends[index + 1])]

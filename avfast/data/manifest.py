@@ -9,13 +9,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from avfast.data.clip_list import Clip, ClipList, PackedClips, merge
 from avfast.data.csv_lists import Classes, MediaFiles, read_classes, read_segments, read_weights, split_mids, split_name
 from avfast.data.folders import extension_of, walk
 from avfast.data.media import AUDIO_EXTENSIONS, MEDIA_EXTENSIONS
-from avfast.data.shard_layout import is_set
+from avfast.data.shard_layout import is_set, is_url
 from avfast.data.shard_source import read_set
+
+if TYPE_CHECKING:
+    from avfast.data.shard_cache import Cache
 
 __all__ = ["Clip", "ClipList", "merge", "read_all", "read_folder", "read_manifest"]
 
@@ -27,6 +31,7 @@ def read_all(
     *,
     data_weights: Sequence[float] = (),
     media: MediaFiles | None = None,
+    cache: Cache | None = None,
     source: str = "data",
 ) -> ClipList:
     """One list of the clips of several folders, media files, shard sets and manifests; classes are united by name.
@@ -39,13 +44,14 @@ def read_all(
         weights_csv: none, or sampling weights for each of the manifests.
         data_weights: none, or for each of the paths how often it is drawn from: the sum of its clips' weights.
         media: where the files of the CSVs' clips are.
+        cache: where shards are kept of sets that URLs name.
         source: what gave the paths, for messages.
 
     Raises:
         ValueError: with one line naming what was wrong, and where.
     """
     for path in paths:
-        if not os.path.exists(split_name(path)[0]):
+        if not is_url(path) and not os.path.exists(split_name(path)[0]):
             raise ValueError(f"{source}: no such file or folder: {path}")
     manifests = [path for path in paths if is_manifest(path)]
     if weights_csv and len(weights_csv) != len(manifests):
@@ -57,7 +63,7 @@ def read_all(
 
     def read(path: str) -> ClipList:
         if not is_manifest(path):
-            return read_set(path) if is_set(path) else read_folder(path)
+            return read_set(path, cache) if is_url(path) or is_set(path) else read_folder(path)
         if _is_json(split_name(path)[0]):
             return read_manifest(path, class_csv, next(weights, None))
         return read_segments(path, media, class_csv, next(weights, None))
@@ -77,8 +83,8 @@ def _weighted(clips: ClipList, weight: float) -> ClipList:
 
 
 def is_manifest(path: str) -> bool:
-    """Whether :func:`read_all` takes ``path`` for a manifest: it is neither a folder nor named like a media file."""
-    return not os.path.isdir(path) and extension_of(path) not in MEDIA_EXTENSIONS
+    """Whether :func:`read_all` takes ``path`` for a manifest: no URL, no folder, not named like a media file."""
+    return not is_url(path) and not os.path.isdir(path) and extension_of(path) not in MEDIA_EXTENSIONS
 
 
 def _is_json(file: str) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from avfast.data import container
+from avfast.data.samples import mono, resample
 
 if TYPE_CHECKING:
     from av import AudioFrame, VideoFrame
@@ -340,7 +341,7 @@ class MediaFile:
             if not stretches or stretches[-1][1] != rate or abs(time - stretches[-1][0] - count / rate) > _GAP:
                 stretches.append((time, rate, []))
                 count = 0
-            stretches[-1][2].append(_mono(frame))
+            stretches[-1][2].append(mono(frame))
             count += frame.samples
         if not decoded:
             if seek:
@@ -426,27 +427,3 @@ def _length(frame: AudioFrame | VideoFrame, stream: Any) -> float:
     if hasattr(frame, "samples"):
         return frame.samples / frame.sample_rate
     return float(1 / (stream.average_rate or Fraction(25)))
-
-
-def _mono(frame: AudioFrame) -> np.ndarray:
-    """(samples,) float32, the mean of the channels."""
-    data = frame.to_ndarray()
-    if not frame.format.is_planar:
-        data = data.reshape(frame.samples, -1).T
-    if data.dtype.kind != "f":
-        bits = 8 * data.dtype.itemsize
-        offset = 128 if data.dtype.kind == "u" else 0
-        return ((data.mean(axis=0) - offset) / 2.0 ** (bits - 1)).astype(np.float32)
-    return data.mean(axis=0).astype(np.float32, copy=False)
-
-
-def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
-    """(samples,) float32 of ``rate`` Hz at ``to`` Hz, by FFmpeg's resampler."""
-    import av
-
-    if rate == to or len(samples) == 0:
-        return samples
-    frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
-    frame.sample_rate = rate
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=to)
-    return np.concatenate([out.to_ndarray()[0] for out in [*resampler.resample(frame), *resampler.resample(None)]])

@@ -1,4 +1,4 @@
-"""The files of a shard set: the one place that knows how they look.
+"""The files of a shard set: with :mod:`shard_tar` the one place that knows how they look.
 
 ``shard-000000.tar`` ... hold the clips in WebDataset's layout, one after the other: ``<key>.s16`` (mono PCM, 16 bits,
 little-endian), ``<key>.0.jpg`` ... (frames, in the middles of equal parts of the clip) and ``<key>.json``. A modality
@@ -12,31 +12,27 @@ one machine share it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
-import re
-import tarfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-FORMAT = 1  # raise it whenever older readers would misread what is written
+from avfast.data.shard_tar import BLOCK, check, id_of, padded, shard_name
+
+if TYPE_CHECKING:
+    from avfast.data.shard_cache import Cache
+
+FORMAT = 2  # raise it whenever older readers would misread what is written
 BUILD, INDEX, UNREADABLE = "build.json", "index.safetensors", "unreadable.jsonl"
 WORK, PLAN = ".build", "plan.json"  # folder of what a build needs to go on; reports of finished shards lie there too
-BLOCK = 512  # bytes; a tar consists of them
-_LONGEST = 72  # characters of a key before its suffix; a tar's names have at most 100
 _OPEN = 256  # shards that a process keeps open
-_SHORTENED = re.compile("~[0-9a-f]{16}")  # of the id, so that the key does not tell it
-_CRC = "crc32="
 
 
 class ShardError(ValueError):
@@ -78,63 +74,6 @@ def middles(duration: float, count: int) -> list[float]:
     return [duration * (i + 0.5) / count for i in range(count)]
 
 
-# -- names ----------------------------------------------------------------------------------------------------------
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:06d}.tar"
-
-
-def key_of(name: str) -> str:
-    """A clip's name in its shard: its id with everything percent-encoded but letters, digits, ``_`` and ``-``.
-
-    Of a long id the beginning stays, and a checksum. The builder appends ``~2`` to a second clip of the same name.
-    """
-    key = quote(name, safe="", errors="surrogateescape").replace(".", "%2E").replace("~", "%7E")
-    if len(key) > _LONGEST:
-        key = re.sub("%.?$", "", key[: _LONGEST - 17]) + "~" + hashlib.sha256(key.encode()).hexdigest()[:16]
-    return key or "~"
-
-
-# -- members --------------------------------------------------------------------------------------------------------
-
-
-def padded(size: int) -> int:
-    """Bytes of a member in the tar, with its header."""
-    return BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
-
-
-def member(name: str, content: bytes) -> bytes:
-    """One member: header, content and padding. The same content gives the same bytes, whoever writes it and when."""
-    info = tarfile.TarInfo(name)
-    info.size, info.gname = len(content), f"{_CRC}{zlib.crc32(content):08x}"
-    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % BLOCK)
-
-
-@dataclass(frozen=True)
-class Header:
-    """Of a member: its name, its size in bytes and the CRC-32 of its content."""
-
-    name: str
-    size: int
-    crc: int
-
-
-def header(block: bytes) -> Header | None:
-    """What the first 512 bytes of ``block`` say; None if they are no header of ours."""
-    try:
-        name, size, chksum, group = (_field(block, *place) for place in ((0, 100), (124, 136), (148, 156), (297, 329)))
-        if int(chksum, 8) != sum(block[:148]) + 8 * ord(" ") + sum(block[156:BLOCK]):
-            return None
-        return Header(name, int(size, 8), int(group.removeprefix(_CRC), 16))
-    except ValueError:
-        return None
-
-
-def _field(block: bytes, first: int, last: int) -> str:
-    return block[first:last].partition(b"\0")[0].decode("ascii")
-
-
 # -- the index ------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +89,7 @@ class Entry:
         has_audio: whether it has any.
         labels: indices of classes.
         weight: for weighted sampling.
+        id: of the clip, where the key does not tell it.
     """
 
     key: str
@@ -159,6 +99,7 @@ class Entry:
     has_audio: bool
     labels: list[int]
     weight: float = 1.0
+    id: str = ""
 
 
 def index_bytes(shards: Iterator[list[Entry]], identity: str) -> bytes:
@@ -170,7 +111,10 @@ def index_bytes(shards: Iterator[list[Entry]], identity: str) -> bytes:
     for entries in shards:
         count += len(entries)
         firsts.append(count)
-        keys = [entry.key.encode() for entry in entries]
+        texts = {
+            "keys": [entry.key.encode() for entry in entries],
+            "ids": [entry.id.encode(errors="surrogateescape") for entry in entries],
+        }
         columns["block"].append(np.array([entry.block for entry in entries], np.uint32))
         columns["duration"].append(np.array([entry.duration for entry in entries], np.float64))
         columns["has_audio"].append(np.array([entry.has_audio for entry in entries], np.uint8))
@@ -178,26 +122,30 @@ def index_bytes(shards: Iterator[list[Entry]], identity: str) -> bytes:
         for name, lists in (("sizes", [e.sizes for e in entries]), ("labels", [e.labels for e in entries])):
             columns[name].append(np.array([value for part in lists for value in part], np.uint32))
             columns[f"{name}_end"].append(np.array([len(part) for part in lists], np.int64))
-        columns["keys"].append(np.frombuffer(b"".join(keys), np.uint8))
-        columns["keys_end"].append(np.array([len(key) for key in keys], np.int64))
+        for name, parts in texts.items():
+            columns[name].append(np.frombuffer(b"".join(parts), np.uint8))
+            columns[f"{name}_end"].append(np.array([len(part) for part in parts], np.int64))
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-    for name in ("sizes", "labels", "keys"):
+    for name in ("sizes", "labels", "keys", "ids"):
         ends = np.concatenate([[0], np.cumsum(joined[f"{name}_end"])])
         joined[f"{name}_end"] = ends.astype(np.uint32 if ends[-1] < 2**32 else np.int64)
     if joined["labels"].max(initial=0) < 2**16:
         joined["labels"] = joined["labels"].astype(np.uint16)
     if (joined["weight"] == 1).all():
         del joined["weight"]
+    if not len(joined["ids"]):
+        del joined["ids"], joined["ids_end"]
     joined["shard_first"] = np.array(firsts, np.int64)
     return save(joined, {"set": identity})  # nothing else: several would come in any order
 
 
-_COLUMNS = tuple("block duration has_audio weight sizes sizes_end labels labels_end keys keys_end".split())
+_COLUMNS = tuple("block duration has_audio weight sizes sizes_end labels labels_end keys keys_end ids ids_end".split())
+_OPTIONAL = {"weight", "ids", "ids_end"}
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64, "F32": np.float32, "F64": np.float64}
 
 
-def _map_index(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(columns, metadata) of an index; the columns are views of the mapped file."""
+def _map_index(path: Path, name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(columns, metadata) of an index, ``name`` in messages; the columns are views of the mapped file."""
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -205,17 +153,17 @@ def _map_index(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         table = json.loads(mapped[8 : 8 + length])
         about = table.pop("__metadata__")
         columns = {}
-        for name, column in table.items():
+        for key, column in table.items():
             first, last = column["data_offsets"]
             dtype = np.dtype(_DTYPES[column["dtype"]])
-            columns[name] = np.frombuffer(mapped, dtype, (last - first) // dtype.itemsize, 8 + length + first)
-        if missing := {*_COLUMNS, "shard_first"} - {"weight"} - set(columns):
+            columns[key] = np.frombuffer(mapped, dtype, (last - first) // dtype.itemsize, 8 + length + first)
+        if missing := {*_COLUMNS, "shard_first"} - _OPTIONAL - set(columns):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return columns, about
     except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}") from None
+        raise ShardError(f"{name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path}: damaged ({' '.join(str(error).split())[:100]}); build the set again") from None
+        raise ShardError(f"{name}: damaged ({' '.join(str(error).split())[:100]}); build the set again") from None
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -253,12 +201,22 @@ class ShardClip:
         return middles(self.duration, self.frames)
 
 
-def open_set(folder: str | os.PathLike[str]) -> ShardSet:
+def open_set(folder: str | os.PathLike[str], cache: Cache | None = None) -> ShardSet:
     """The shard set in ``folder``; one object for all who ask in a process, until the set is built anew.
+
+    Args:
+        folder: or a URL, see :mod:`avfast.data.remote`.
+        cache: where shards behind a URL are kept.
 
     Raises:
         ShardError: it is missing, unfinished, or its files do not belong together.
+        ImportError, OSError: what is behind the URL cannot be reached.
     """
+    if is_url(folder):
+        from avfast.data.remote import open_url
+        from avfast.data.shard_cache import Cache
+
+        return open_url(os.fspath(folder), cache or Cache())
     path = Path(os.path.abspath(folder))
     try:
         stats = [os.stat(path / name) for name in (BUILD, INDEX)]
@@ -276,6 +234,11 @@ def _open_set(path: Path, *_: int) -> ShardSet:
     return ShardSet(path)
 
 
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether it names something in an object store: ``s3://bucket/folder``."""
+    return "://" in os.fspath(path)
+
+
 def is_set(folder: str | os.PathLike[str]) -> bool:
     """Whether there is a shard set in ``folder``, finished or not."""
     return os.path.isfile(os.path.join(folder, BUILD)) or os.path.isfile(os.path.join(folder, WORK, PLAN))
@@ -286,23 +249,26 @@ class ShardSet:
 
     Attributes:
         folder: where it is.
+        name: of it in messages, its folder or URL.
         build: the content of ``build.json``.
         settings: it was built with.
         class_names: each once.
         columns: of the index, by name.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str = "") -> None:
         self.folder = folder
+        self.name = url or str(folder)
         self.build = read_json(folder / BUILD)
         if self.build.get("format") != FORMAT:
-            raise ShardError(f"{folder / BUILD}: format {self.build.get('format')}; this avfast reads format {FORMAT}")
+            found = self.build.get("format")
+            raise ShardError(f"{self.name}/{BUILD}: format {found}; this avfast reads format {FORMAT}")
         known = {field.name for field in fields(ShardSettings)}
         self.settings = ShardSettings(**{k: v for k, v in self.build["settings"].items() if k in known})
         self.class_names: tuple[str, ...] = tuple(self.build["classes"])
-        self.columns, about = _map_index(folder / INDEX)
+        self.columns, about = _map_index(folder / INDEX, f"{self.name}/{INDEX}")
         if about.get("set") != self.build["set"]:
-            raise ShardError(f"{folder / INDEX}: belongs to another shard set than {BUILD} beside it")
+            raise ShardError(f"{self.name}/{INDEX}: belongs to another shard set than {BUILD} beside it")
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -314,7 +280,7 @@ class ShardSet:
     def clip(self, index: int) -> ShardClip:
         """What the index says of clip ``index``."""
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.folder}: clip {index} of {len(self)}")
+            raise IndexError(f"{self.name}: clip {index} of {len(self)}")
         sizes = self._part("sizes", index)
         has_audio = bool(self.columns["has_audio"][index])
         weight = float(self.columns["weight"][index]) if "weight" in self.columns else 1.0
@@ -332,10 +298,8 @@ class ShardSet:
         return self._part("keys", index).tobytes().decode()
 
     def _id(self, index: int) -> str:
-        key = self.key(index)
-        if _SHORTENED.search(key):
-            return json.loads(self.read(index, "json"))["id"]
-        return unquote(key.partition("~")[0], errors="surrogateescape")
+        found = id_of(self.key(index))
+        return self._part("ids", index).tobytes().decode(errors="surrogateescape") if found is None else found
 
     def _part(self, name: str, index: int) -> np.ndarray:
         ends = self.columns[f"{name}_end"]
@@ -350,13 +314,21 @@ class ShardSet:
         first = self.columns["shard_first"]
         return range(int(first[shard]), int(first[shard + 1]))
 
-    def path(self, shard: int) -> Path:
-        """Its tar."""
-        return self.folder / shard_name(shard)
+    def path(self, shard: int) -> str:
+        """Of its tar, for messages."""
+        return f"{self.name}/{shard_name(shard)}"
 
     def where(self, index: int) -> str:
         """For messages: the shard, and the clip in it."""
         return f"{self.path(self.shard(index))}/{self.key(index)}"
+
+    def files(self) -> set[str]:
+        """The names of all its files."""
+        return set(os.listdir(self.folder))
+
+    def file(self, name: str) -> BinaryIO:
+        """One of them, as it lies where the set is, open for reading."""
+        return (self.folder / name).open("rb")
 
     def members(self, index: int) -> list[tuple[str, int, int]]:
         """(name without the key, offset of its header in the shard, size of its content), in the shard's order."""
@@ -402,46 +374,39 @@ class ShardSet:
     def _handle(self, shard: int) -> _Handle:
         handle = self._handles.get(shard)
         if handle is None:
-            handle = self._handles[shard] = _Handle(self.path(shard))
+            handle = self._handles[shard] = _Handle(self._open(shard))
             while len(self._handles) > _OPEN:
                 self._handles.popitem(last=False)
         return handle
+
+    def _open(self, shard: int) -> int:
+        return os.open(self.folder / shard_name(shard), os.O_RDONLY)
 
 
 class _Handle:
     """An open shard; closed when nobody holds it any more, so that threads may share it."""
 
-    def __init__(self, path: Path) -> None:
-        self.fileno = -1
-        self.fileno = os.open(path, os.O_RDONLY)
+    def __init__(self, fileno: int) -> None:
+        self.fileno = fileno
 
     def __del__(self) -> None:
-        if self.fileno >= 0:
-            os.close(self.fileno)
-
-
-def check(data: bytes, name: str, size: int) -> str:
-    """What is wrong with a member, header and content; empty if nothing is."""
-    found = header(data)
-    if found is None:
-        return "damaged header, or the index is another set's"
-    if found.name != name:
-        return f"missing, or the index is another set's: {found.name} stands in its place"
-    if found.size != size:
-        return f"holds {found.size} bytes where the index says {size}"
-    if zlib.crc32(memoryview(data)[BLOCK : BLOCK + size]) != found.crc:
-        return "damaged content (its CRC-32 is not that of its header)"
-    return ""
+        os.close(self.fileno)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file. ShardError if it cannot be read."""
     try:
-        found = json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}") from None
+
+
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """A JSON object; ``name`` in messages."""
+    try:
+        found = json.loads(content)
         if not isinstance(found, dict):
             raise ValueError("no object")
         return found
-    except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise ShardError(f"{path}: damaged ({error})") from None
+        raise ShardError(f"{name}: damaged ({error})") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,17 +16,17 @@ from torch import Tensor
 
 from avfast.data.clip_list import ClipList, PackedClips, ShardRow
 from avfast.data.jpegs import Jpegs
-from avfast.data.media import MediaError, MediaInfo, resample
+from avfast.data.media import MediaError, MediaInfo
+from avfast.data.samples import resample
 from avfast.data.shard_layout import ShardError, open_set
 
+if TYPE_CHECKING:
+    from avfast.data.shard_cache import Cache
 
-def read_set(folder: str) -> ClipList:
-    """All clips of the shard set in ``folder``, with its classes.
 
-    Raises:
-        ShardError: there is none, or its files do not belong together.
-    """
-    shards = open_set(folder)
+def read_set(folder: str, cache: Cache | None = None) -> ClipList:
+    """All clips of the shard set in ``folder``, with its classes. Arguments and errors as of :func:`open_set`."""
+    shards = open_set(folder, cache)
     return ClipList(PackedClips.of_set(shards), shards.class_names)
 
 

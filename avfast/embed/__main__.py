@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m avfast.embed", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder, folder of save_pretrained, Hub id; with --preset a released file")
-    add("clips", metavar="CLIPS", nargs="+", help="media files, folders, shard sets or manifests")
+    add("clips", metavar="CLIPS", nargs="+", help="media files, folders, shard sets or their URLs, manifests")
     add("--out", required=True, metavar="FILE", help=".safetensors, .npz or .parquet")
     add("--preset", metavar="NAME", help="a model of the released checkpoint's paper, such as avsiam_base")
     add("--modality", choices=("audio", "visual", "both"), default="both", help="what is looked at (default both)")
@@ -35,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--per_window", action="store_true", help="a row for each window, in place of the mean over a clip's")
     add("--frames", type=int, default=1, metavar="N", help="of a window, for models of one: the mean over them")
     add("--media", nargs="+", default=(), metavar="FOLDER", help="where the files of a CSV's clips are")
+    add("--shard_cache", metavar="DIR", help="for shards of sets that URLs name (default ~/.cache/avfast/shards)")
+    add("--shard_cache_gb", type=float, default=100.0, metavar="N", help="gigabytes of shards in it (default 100)")
     add("--batch_size", type=int, default=32, metavar="N", help="windows encoded at once (default 32)")
     add("--workers", type=int, default=8, metavar="N", help="processes per rank that decode clips (default 8)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns the exit code: 0, 2 for wrong settings, 130 for ^C."""
     from avfast.data.csv_lists import MediaFiles
+    from avfast.data.shard_cache import Cache
     from avfast.embed import embed
 
     given = vars(_parser().parse_args(arguments))
@@ -52,7 +55,9 @@ def main(arguments: Sequence[str]) -> int:
         try:
             device = parallel.start(given.pop("device"))
             model, media = given.pop("model"), given.pop("media")
-            clips = data.read(given.pop("clips"), media=MediaFiles(media) if media else None, flag="CLIPS")
+            cache = Cache(given.pop("shard_cache"), given.pop("shard_cache_gb"))
+            files = MediaFiles(media) if media else None
+            clips = data.read(given.pop("clips"), media=files, cache=cache, flag="CLIPS")
             found = embed(model, clips, device=device, **given)
             if parallel.rank() == 0:
                 for path, reason in found.failures.items():

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from avfast.data.shard_cache import Cache
 from avfast.data.shard_layout import ShardSettings
 
 _SETTINGS = {
@@ -45,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "compare it with its checksums, name what is damaged"),
         ("info", "what it holds"),
     ):
-        commands.add_parser(name, help=doc).add_argument("folder", metavar="DIR")
+        command = commands.add_parser(name, help=doc)
+        command.add_argument("folder", metavar="DIR", help="folder of the set, or its URL (s3://...)")
+        command.add_argument("--shard_cache", metavar="DIR", help="for the index of a URL's set")
     return parser
 
 
@@ -59,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "build":
             _build(given)
         elif given.command == "info":
-            print(info(given.folder))
+            print(info(given.folder, Cache(given.shard_cache)))
         else:
-            return _verify(given.folder)
+            return _verify(given.folder, Cache(given.shard_cache))
     except BuildError as error:
         return _fail(str(error), 1)
     except OSError as error:
@@ -74,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _verify(folder: str) -> int:
+def _verify(folder: str, cache: Cache) -> int:
     from avfast.shards.verify import verify
 
     count = 0
-    for line in verify(folder, progress=sys.stderr.isatty()):
+    for line in verify(folder, progress=sys.stderr.isatty(), cache=cache):
         print(line, flush=True)
         count += 1
     print(f"{folder}: {f'{count} things are wrong' if count else 'as it was built'}")

@@ -24,7 +24,6 @@ from avfast.data.clip_list import Clip, ClipList, ShardRow
 from avfast.data.dataset import Whole, decode_whole
 from avfast.data.media import MediaError, probe
 from avfast.data.shard_layout import (
-    BLOCK,
     BUILD,
     FORMAT,
     INDEX,
@@ -34,11 +33,10 @@ from avfast.data.shard_layout import (
     Entry,
     ShardSettings,
     index_bytes,
-    key_of,
-    member,
+    is_url,
     read_json,
-    shard_name,
 )
+from avfast.data.shard_tar import BLOCK, id_of, key_of, member, shard_name
 
 _SLACK = 0.5  # seconds by which a file may end before its header says
 _SAMPLE = 64  # clips whose headers tell how large a clip is
@@ -107,6 +105,7 @@ def build_shard(spec: ShardSpec, tick: Callable[[], None] = lambda: None) -> dic
                 sizes = [len(content) for _, content in contents]
                 labels, has_audio = [int(label) for label in clip.labels], whole.waveform is not None
                 entry = Entry(key, size // BLOCK, sizes, whole.duration, has_audio, labels, float(clip.weight))
+                entry.id = clip.id if id_of(key) is None else ""
                 entries.append(asdict(entry))
                 truncated += whole.truncated
                 data = b"".join(member(f"{key}.{name}", content) for name, content in contents)
@@ -223,6 +222,8 @@ def build(
     from tqdm import tqdm
 
     settings = settings or ShardSettings()
+    if is_url(folder):
+        raise ValueError(f"{folder}: sets are built in folders; copy a finished one to the store, {BUILD} last")
     root = Path(os.path.abspath(folder))
     with _locked(root):
         plan = _plan(root, clip_list, settings, shard_bytes)

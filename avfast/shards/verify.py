@@ -6,67 +6,59 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from fnmatch import fnmatch
+from typing import BinaryIO
 
 import numpy as np
 
-from avfast.data.shard_layout import (
-    BLOCK,
-    BUILD,
-    INDEX,
-    UNREADABLE,
-    ShardError,
-    ShardSet,
-    check,
-    header,
-    open_set,
-    padded,
-    shard_name,
-)
+from avfast.data.shard_cache import Cache
+from avfast.data.shard_layout import BUILD, INDEX, UNREADABLE, ShardError, ShardSet, open_set
+from avfast.data.shard_tar import BLOCK, check, header, padded, shard_name
 
 _SHOWN = 5  # names in a line
 _CHUNK = 1 << 22
 
 
-def verify(folder: str | os.PathLike[str], progress: bool = False) -> Iterator[str]:
+def verify(folder: str | os.PathLike[str], progress: bool = False, *, cache: Cache | None = None) -> Iterator[str]:
     """What is wrong with the set in ``folder``, a line each; nothing if it is as it was built.
 
-    Every shard is compared with its checksum; where it differs, its members are looked at one by one.
+    Every shard is compared with its checksum; where it differs, its members are looked at one by one. Behind a URL the
+    store's own files are looked at, not those in the cache.
     """
     from tqdm import tqdm
 
-    root = Path(folder)
     try:
-        shards = open_set(root)
+        shards = open_set(folder, cache)
     except ShardError as error:
         yield str(error)
         return
-    if _sha256(root / INDEX) != shards.build["index"]["sha256"]:
-        yield f"{root / INDEX}: damaged (its SHA-256 is not that in {BUILD})"
+    if _sha256(shards.file(INDEX)) != shards.build["index"]["sha256"]:
+        yield f"{shards.name}/{INDEX}: damaged (its SHA-256 is not that in {BUILD})"
         return
-    if not (root / UNREADABLE).is_file():
-        yield f"{root / UNREADABLE}: missing"
+    files = shards.files()
+    if UNREADABLE not in files:
+        yield f"{shards.name}/{UNREADABLE}: missing"
     listed = shards.build["shards"]
     known = {shard_name(number) for number in range(len(listed))}
-    for stranger in sorted({path.name for path in root.glob("shard-*.tar")} - known):
-        yield f"{root / stranger}: belongs to no shard of this set"
+    for stranger in sorted({name for name in files if fnmatch(name, "shard-*.tar")} - known):
+        yield f"{shards.name}/{stranger}: belongs to no shard of this set"
     total = sum(shard["bytes"] for shard in listed)
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(folder), disable=not progress) as bar:
         for number, shard in enumerate(listed):
-            path = root / shard["name"]
             try:
-                digest = _sha256(path)
+                digest = _sha256(shards.file(shard["name"]))
             except OSError as error:
-                yield f"{path}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
+                what = "missing" if isinstance(error, FileNotFoundError) else error.strerror or error
+                yield f"{shards.path(number)}: {what}"
             else:
                 if digest != shard["sha256"]:
                     yield from _damage(shards, number)
             bar.update(shard["bytes"])
 
 
-def _sha256(path: Path) -> str:
+def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -75,7 +67,6 @@ def _sha256(path: Path) -> str:
 def _damage(shards: ShardSet, number: int) -> Iterator[str]:
     """What is wrong with the members of a shard."""
     path, listed = shards.path(number), shards.build["shards"][number]
-    size = path.stat().st_size
     expected = [
         (f"{shards.key(clip)}.{name}", length)
         for clip in shards.clips_of(number)
@@ -83,7 +74,8 @@ def _damage(shards: ShardSet, number: int) -> Iterator[str]:
     ]
     names = {name for name, _ in expected}
     missing, wrong, at = [], [], 0
-    with path.open("rb") as file:
+    with shards.file(listed["name"]) as file:
+        size = file.seek(0, os.SEEK_END)
         for name, length in expected:
             file.seek(at)
             data = file.read(BLOCK + length)
@@ -109,13 +101,13 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def info(folder: str | os.PathLike[str]) -> str:
+def info(folder: str | os.PathLike[str], cache: Cache | None = None) -> str:
     """What is in the set in ``folder``, for people.
 
     Raises:
         ShardError: there is none, or it cannot be opened.
     """
-    shards = open_set(folder)
+    shards = open_set(folder, cache)
     build, columns = shards.build, shards.columns
     counts, sizes = build["clips"], [shard["bytes"] for shard in build["shards"]]
     durations = columns["duration"]

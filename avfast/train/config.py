@@ -64,8 +64,8 @@ class Config:
 
     data: tuple[str, ...] = free(
         (),
-        "folders of media files, shard sets, CAV-MAE JSON manifests, CSVs of AudioSet or VGGSound; none: the built-in "
-        "demo clips",
+        "folders of media files, shard sets (or URLs), CAV-MAE JSON manifests, CSVs of AudioSet or VGGSound; none: demo "
+        "clips",
     )
     data_weights: tuple[float, ...] = free(
         (), "how often each of --data is drawn from, such as 3,1; clips drawn with replacement"
@@ -86,6 +86,10 @@ class Config:
     shuffle_shards: int | None = setting(
         None, "shuffle so many shards at a time, clips within them, for storage that reads whole shards", low=1
     )
+    shard_cache: str | None = free(
+        None, "local folder for shards of URLs such as s3://bucket/set (default: ~/.cache/avfast/shards)"
+    )
+    shard_cache_gb: float = free(100.0, "gigabytes of shards in it; those used longest ago are removed", low=0)
     gpu_jpeg: bool = setting(False, "decode the frames of shard sets on the GPU (nvJPEG), in place of the workers")
     cache_media: bool = free(False, "keep decoded clips in memory, so that each file is decoded once")
     workers: int = free(8, "processes per rank that decode clips; 0: in the training process", low=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from avfast.data.clip_list import Clip, ClipList, PackedClips, ShardRow, merge
 from avfast.data.csv_lists import MediaFiles
 from avfast.data.dataset import Modalities
 from avfast.data.manifest import is_manifest, read_all, read_manifest
+from avfast.data.remote import RemoteSet
+from avfast.data.shard_cache import Cache
 from avfast.train import parallel
 from avfast.train.config import Config, SettingError
 
@@ -36,8 +39,9 @@ def sources(config: Config) -> tuple[ClipList, ClipList]:
 def _sources(config: Config, media: MediaFiles | None) -> tuple[ClipList, ClipList]:
     if config.data_weights and not config.data:
         raise SettingError("--data_weights goes with --data")
+    listed = partial(read, media=media, cache=cache(config))
     if config.data:
-        train = read(config.data, config.class_csv, config.weights_csv, data_weights=config.data_weights, media=media)
+        train = listed(config.data, config.class_csv, config.weights_csv, data_weights=config.data_weights)
         if not config.eval_data:
             return split(train, config.eval_fraction)
     else:
@@ -53,7 +57,7 @@ def _sources(config: Config, media: MediaFiles | None) -> tuple[ClipList, ClipLi
         if not config.eval_data:
             return train, read_manifest(test_json, class_csv)
     # merged, so that a class has the same number on both sides
-    both = merge([train, read(config.eval_data, config.class_csv, media=media, flag="--eval_data")])
+    both = merge([train, listed(config.eval_data, config.class_csv, flag="--eval_data")])
     return both.take(range(len(train))), both.take(range(len(train), len(both)))
 
 
@@ -64,11 +68,12 @@ def read(
     *,
     data_weights: Sequence[float] = (),
     media: MediaFiles | None = None,
+    cache: Cache | None = None,
     flag: str = "--data",
 ) -> ClipList:
     """:func:`avfast.data.read_all`; what is wrong with a list is wrong with the setting that names it."""
     try:
-        return read_all(paths, class_csv, weights_csv, data_weights=data_weights, media=media, source=flag)
+        return read_all(paths, class_csv, weights_csv, data_weights=data_weights, media=media, cache=cache, source=flag)
     except ValueError as error:
         raise SettingError(str(error)) from None
 
@@ -85,8 +90,14 @@ def weights(config: Config, clips: ClipList) -> np.ndarray | None:
     return found if config.weights_csv or config.data_weights or (found != 1).any() else None
 
 
+def cache(config: Config) -> Cache:
+    """Where shards of object stores are kept."""
+    return Cache(config.shard_cache, config.shard_cache_gb)
+
+
 def shards(config: Config, clips: ClipList) -> np.ndarray | None:
     """(clips,) the number of each clip's shard; None unless ``shuffle_shards`` is set."""
+    _check_cache(config, clips)
     if config.shuffle_shards is None:
         return None
     flag = f"--shuffle_shards {config.shuffle_shards}"
@@ -101,6 +112,19 @@ def shards(config: Config, clips: ClipList) -> np.ndarray | None:
         place = (str(row.shards.folder), row.shards.shard(row.number))
         found[i] = numbers.setdefault(place, len(numbers))
     return found
+
+
+def _check_cache(config: Config, clips: ClipList) -> None:
+    """Refuses to read sets of object stores in an order for which the cache is too small."""
+    assert isinstance(clips.clips, PackedClips)
+    sizes = [size for part in clips.clips.sets if isinstance(part, RemoteSet) for size in part.sizes]
+    together = config.shuffle_shards
+    wanted = sum(sizes) if together is None else sum(sorted(sizes)[-2 * together :])
+    if wanted > config.shard_cache_gb * 1e9:
+        what = "give --shuffle_shards N" if together is None else f"two groups of --shuffle_shards {together}"
+        raise SettingError(
+            f"--shard_cache_gb {config.shard_cache_gb:g} is too small for {wanted / 1e9:.3g} GB of shards: {what}"
+        )
 
 
 def digest(clips: ClipList) -> str:
