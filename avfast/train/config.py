@@ -64,8 +64,8 @@ class Config:
 
     data: tuple[str, ...] = free(
         (),
-        "folders of media files, shard sets (or URLs), CAV-MAE JSON manifests, CSVs of AudioSet or VGGSound; none: demo "
-        "clips",
+        "folders of media files, shard sets (or URLs), CAV-MAE JSON manifests, CSVs of AudioSet or VGGSound; none: "
+        "demo clips",
     )
     data_weights: tuple[float, ...] = free(
         (), "how often each of --data is drawn from, such as 3,1; clips drawn with replacement"
