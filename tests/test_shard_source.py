@@ -62,7 +62,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shard set of them, two clips a shard, with every picture of the films; not to be written to."""
     folder = tmp_path_factory.mktemp("shards") / "set"
-    build(read_folder(media), folder, settings=ShardSettings(fps=RATE), shard_bytes=4e5, progress=False)
+    build(read_folder(media), folder, settings=ShardSettings(fps=RATE), shard_bytes=1.5e6, progress=False)
     assert len(list(folder.glob("*.tar"))) > 2
     return folder
 
@@ -79,6 +79,18 @@ def damaged(built: Path, tmp_path: Path) -> Path:
     last = folder / shard_name(shards.shard(len(shards) - 1))
     os.truncate(last, 2000)
     (folder / shard_name(0)).unlink()
+    return folder
+
+
+@pytest.fixture
+def lacking(built: Path, tmp_path: Path) -> Path:
+    """A copy of the set: of clip 2, the first of two in a shard, a frame is deleted: what follows has moved up."""
+    folder = Path(shutil.copytree(built, tmp_path / "lacking"))
+    shards = open_set(folder)
+    assert list(shards.clips_of(1)) == [2, 3]
+    (_, first, _), (_, last, _) = shards.members(2)[2:4]
+    content = (folder / shard_name(1)).read_bytes()
+    (folder / shard_name(1)).write_bytes(content[:first] + content[last:])
     return folder
 
 
@@ -256,6 +268,24 @@ def test_shard_and_member_of_what_is_damaged_are_named(built: Path, damaged: Pat
         read_set(str(folder))
 
 
+def test_a_member_that_was_deleted_is_named(built: Path, lacking: Path) -> None:
+    shards, wrong = open_set(lacking), r"(missing, or|damaged header|the shard is truncated)"
+    sound, first, frame, *later = (name for name, _, _ in shards.members(2))
+    for name in (sound, first):
+        assert shards.read(2, name) == open_set(built).read(2, name)
+    with pytest.raises(
+        ShardError, match=rf"shard-000001.tar: .*1.jpg: missing, or .*: {shards.key(2)}.2.jpg stands in"
+    ):
+        shards.read(2, frame)
+    for clip, names in ((2, later), (3, [name for name, _, _ in shards.members(3)])):
+        for name in names:
+            with pytest.raises(ShardError, match=rf"shard-000001.tar: {shards.key(clip)}.{name}: {wrong}"):
+                shards.read(clip, name)
+    found = ClipDataset(read_set(str(lacking)), frontend=SPEC, train=False)
+    failures = {i: sample for i in range(len(found)) if isinstance(sample := found[i, 0, i], Failure)}
+    assert set(failures) == {2, 3} and all(failure.path == shards.where(i) for i, failure in failures.items())
+
+
 def test_a_set_of_a_set_is_refused(built: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shard-000000.tar/a%2Fplain%200 is in a shard set already"):
         build(read_all([str(built)]), tmp_path / "again", progress=False)
@@ -380,20 +410,25 @@ def test_which_shard_a_clip_is_in(built: Path, media: Path) -> None:
 # -- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_from_shards(damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("wrong", ["damaged", "lacking"])
+def test_a_run_from_shards(
+    wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     from avfast.train.__main__ import main
 
+    folder = request.getfixturevalue(wrong)
+
     model = '{"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}'
-    words = f"demo --data {damaged} --steps 3 --batch_size 4 --workers 0 --figures 0 --log_every 1 --no-count_flops "
+    words = f"demo --data {folder} --steps 3 --batch_size 4 --workers 0 --figures 0 --log_every 1 --no-count_flops "
     words += "--eval_fraction 0.3 --shuffle_shards 2 --probe_clips 0 --model_args"
     assert main([*words.split(), model, "--out", str(tmp_path / "run"), "--max_bad_files", "0.9"]) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     bad = summary["bad_files"]["files"]
-    assert bad and all(path.startswith(str(damaged / "shard-")) for path in bad)
+    assert bad and all(path.startswith(str(folder / "shard-")) for path in bad)
     assert f"bad file {next(iter(bad))}: " in capsys.readouterr().out
     assert main([*words.split(), model, "--out", str(tmp_path / "strict"), "--max_bad_files", "0"]) == 1
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "cannot be decoded" in said[0] and str(damaged / "shard-") in said[0]
+    assert len(said) == 1 and "cannot be decoded" in said[0] and str(folder / "shard-") in said[0]
 
 
 def test_evaluation_in_order(built: Path) -> None:
