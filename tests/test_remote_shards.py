@@ -196,7 +196,11 @@ def test_shards_used_longest_ago_make_room(url: str, tmp_path: Path, fetched: li
         data.shards(Config(shard_cache_gb=room, shuffle_shards=2), clips)
 
 
-def test_one_fetches_and_the_others_wait(url: str, cache: Cache, fetched: list[str]) -> None:
+def test_one_fetches_and_the_others_wait(
+    url: str, cache: Cache, fetched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = MemoryFileSystem.get_file
+    monkeypatch.setattr(MemoryFileSystem, "get_file", lambda *given: (time.sleep(0.1), real(*given)))
     sets = [RemoteSet(url, cache, str(remote(url, cache).folder)) for _ in range(4)]
     threads = [threading.Thread(target=part.fetch, args=(2,)) for part in sets]
     for thread in threads:

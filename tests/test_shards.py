@@ -6,25 +6,20 @@ import fcntl
 import json
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import tarfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from urllib.parse import unquote
 
-import numpy as np
 import pytest
 import torch
 from media_files import shown, write
+from shard_files import files, groups
 
 from avfast.data.clip_list import Clip, ClipList
 from avfast.data.manifest import read_folder
@@ -70,11 +65,6 @@ def built_by(clip_list: ClipList, folder: Path, **options: object) -> dict[str, 
     return files(folder)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {name: (folder / name).read_bytes() for name in names}
-
-
 @pytest.fixture(scope="module")
 def whole(clip_list: ClipList, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set, not to be changed."""
@@ -90,20 +80,6 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 # -- what is in them ------------------------------------------------------------------------------------------------
-
-
-def groups(folder: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """As webdataset has them: the members of a tar up to the first dot of their names, in order."""
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for key, members in groupby(tar, key=lambda info: info.name.partition(".")[0]):
-                found = {}
-                for info in members:
-                    assert info.mtime == 0 and info.uid == 0 and info.isfile()
-                    file = tar.extractfile(info)
-                    assert file is not None
-                    found[info.name.partition(".")[2]] = file.read()
-                yield key, found
 
 
 def test_a_set_holds_every_readable_clip_once(whole: Path, clip_list: ClipList, media: Path) -> None:
@@ -424,51 +400,3 @@ def test_without_ray(clip_list: ClipList, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r'pip install "avfast\[shards\]"'):
         built_by(clip_list, tmp_path / "set", run=partial(pool.ray, address="auto"))
-
-
-# -- kill -9 --------------------------------------------------------------------------------------------------------
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(status.parent.name))
-        except (OSError, ValueError):
-            pass
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("who", ["driver", "worker"])
-def test_killed_at_ten_random_moments(clips: object, tmp_path: Path, who: str) -> None:
-    data = Path(clips.train).parent / "clips"  # type: ignore[attr-defined]
-    command = [sys.executable, "-m", "avfast.shards", "build", "--data", str(data), "--shard_bytes", "1e6", "--workers"]
-    start = time.perf_counter()
-    subprocess.run([*command, "2", "--out", str(tmp_path / "whole")], check=True, capture_output=True)
-    lasts, rng = time.perf_counter() - start, random.Random(0)
-    expected, out, kills = files(tmp_path / "whole"), tmp_path / "set", 0
-    if who == "driver":
-        for _ in range(10):
-            driver = subprocess.Popen([*command, "2", "--out", str(out)], stderr=subprocess.DEVNULL)
-            time.sleep(lasts * rng.uniform(0.2, 0.9))
-            driver.kill()
-            kills += driver.wait() == -signal.SIGKILL
-    else:
-        while kills < 10:
-            driver = subprocess.Popen([*command, "2", "--out", str(out)], stderr=subprocess.DEVNULL)
-            while driver.poll() is None and kills < 10:
-                time.sleep(rng.uniform(0, lasts / 5))
-                workers = [pid for server in children(driver.pid) for pid in children(server)]
-                if workers:
-                    os.kill(rng.choice(workers), signal.SIGKILL)
-                    kills += 1
-            driver.wait()
-            if kills < 10:
-                shutil.rmtree(out, ignore_errors=True)
-    done = subprocess.run([*command, "2", "--out", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not list(verify(out)) and files(out) == expected and kills
-    assert len({key for key, _ in groups(out)}) == len(np.unique([key for key, _ in groups(out)]))

@@ -2,7 +2,7 @@
 
 python -m avfast.shards build --data CLIPS --out DIR    builds a set, or what is missing of it
 python -m avfast.shards verify DIR                      names what is damaged; delete such a shard and build again
-python -m avfast.shards info DIR                        says what is in it
+python -m avfast.shards info DIR                        says what is in it; both take a URL too, such as s3://bucket/set
 """
 
 from __future__ import annotations
