@@ -53,6 +53,7 @@ setup(
         "dev": ["ruff", "mypy", "pre-commit", "tensorboard"],
         "flash": ["flash-attn"],
         "xformers": ["xformers"],
+        "export": ["onnx", "onnxscript", "onnxruntime"],
         "shards": ["ray[data]"],
         "parquet": ["pyarrow"],
         "tensorboard": ["tensorboard"],

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from avfast.kernels import support
+from avfast.tensors import exporting
 
 ATTENTION_LIBRARIES = ("varlen", "flash_attn", "flash_attn_4", "xformers", "cudnn")
 BACKENDS = ("auto", "reference", "triton", "native", *ATTENTION_LIBRARIES)
@@ -69,6 +70,14 @@ def which(device: torch.device) -> str:
             raise RuntimeError(f"AVFAST_BACKEND=triton: needs a CUDA device or TRITON_INTERPRET=1, got {device}")
         return "triton"
     return "triton" if device.type == "cuda" and _HAS_TRITON else "reference"
+
+
+def inlined(x: Tensor) -> bool:
+    """Whether a program is exported (``torch.export``) that shall hold PyTorch's own operators in place of an op.
+
+    That is so where the reference runs: on a CPU, and with ``AVFAST_BACKEND=reference`` everywhere.
+    """
+    return exporting() and which(x.device) == "reference"
 
 
 def use_kernels(op: str, *tensors: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from avfast.packing import PackedTokens
 from avfast.random import DrawKey
-from avfast.tensors import to_device
+from avfast.tensors import exporting, to_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,6 +139,7 @@ class Kept:
         inverse: ``(B,)`` int64 place of each batch row in the packed order.
         lengths: kept patches per packed sequence, on the host.
         permutation: batch row of each packed sequence, on the host.
+        whole: of every instance all N patches in their order (N), or none (0), made by :meth:`all`; else None.
     """
 
     ids: Tensor
@@ -146,6 +147,7 @@ class Kept:
     inverse: Tensor
     lengths: tuple[int, ...]
     permutation: tuple[int, ...] = field(compare=False)  # differs from step to step, and is not read in a pass
+    whole: int | None = None
 
     @classmethod
     def pack(cls, keep: Sequence[Tensor] | Tensor) -> Kept:
@@ -195,12 +197,16 @@ class Kept:
 
     @classmethod
     def all(cls, batch_size: int, num_patches: int, device: torch.device | str | None = "cpu") -> Kept:
-        """Every patch of every instance."""
-        ids = torch.arange(num_patches, device=device).repeat(batch_size)
+        """Every patch of every instance.
+
+        While a program is exported a batch has any size, and nothing on the host has one entry for each instance:
+        ``lengths`` and ``permutation`` are empty.
+        """
         rows = torch.arange(batch_size, device=device)
-        return cls(
-            ids, rows.repeat_interleave(num_patches), rows, (num_patches,) * batch_size, tuple(range(batch_size))
-        )
+        ids = torch.arange(num_patches, device=device).repeat(batch_size)
+        batch_rows = rows[:, None].expand(-1, num_patches).flatten()
+        on_host = ((), ()) if exporting() else ((num_patches,) * batch_size, tuple(range(batch_size)))
+        return cls(ids, batch_rows, rows, *on_host, num_patches)
 
     def __len__(self) -> int:
         """Number of instances B."""
@@ -209,7 +215,7 @@ class Kept:
     def to(self, device: torch.device | str) -> Kept:
         """The same on another device."""
         moved = [to_device(x, device) for x in (self.ids, self.batch_rows, self.inverse)]
-        return Kept(moved[0], moved[1], moved[2], self.lengths, self.permutation)
+        return Kept(moved[0], moved[1], moved[2], self.lengths, self.permutation, self.whole)
 
     def batch_lengths(self) -> list[int]:
         """Kept patches per instance, in batch order."""

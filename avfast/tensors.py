@@ -81,15 +81,21 @@ def with_defaults(init: Callable[..., None], **defaults: Any) -> Callable[..., N
     return constructor
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` traces what runs; of itself ``torch.compile`` says so too, and is not meant."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def untraced(function: Callable[P, T]) -> Callable[P, T]:
     """Decorates what works on the host alone, such as draws and their packing: ``torch.compile`` leaves it as it is.
 
-    Unlike ``torch.compiler.disable`` on the function itself it does not load the compiler before one is in use.
+    Unlike ``torch.compiler.disable`` on the function itself it does not load the compiler before one is in use. In an
+    exported program it is traced, as nothing runs beside that.
     """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not exporting():
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 

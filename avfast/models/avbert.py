@@ -275,7 +275,7 @@ class AVBERT(nn.Module, HubMixin):
         if not given:
             raise ValueError("give audio, visual or both")
         sizes = {name: tuple(x.shape[:2]) for name, x in given.items()}
-        if len(set(sizes.values())) > 1:
+        if len(sizes) == 2 and sizes["audio"] != sizes["visual"]:
             raise ValueError(f"audio and visual must pair up, got (B, T) = {sizes['audio']} and {sizes['visual']}")
         most = self.sampling.num_clips
         for name, x in given.items():

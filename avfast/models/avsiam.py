@@ -215,11 +215,11 @@ class AVSiam(MaskedPair):
             if self.double_embedding:
                 a, v = 2 * a, 2 * v
             if not self.shared or (self.separate_mae_audio and draws.only == "reconstruction"):
-                a = self.run_encoder(self.encoder_a, a, plans["audio"], (len(a), 0))
-                v = self.run_encoder(self.encoder, v, plans["visual"], (0, len(v)))
+                a = self.run_encoder(self.encoder_a, a, plans["audio"], (a.shape[0], 0))
+                v = self.run_encoder(self.encoder, v, plans["visual"], (0, v.shape[0]))
             else:
                 x = torch.cat([a, v])
-                sizes = (len(a), len(v))
+                sizes = (a.shape[0], v.shape[0])
                 a, v = self.run_encoder(self.encoder, x, plans["both"], sizes).split(sizes)
         return a, v
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from avfast.models.branch_decoder import EPS, Attention, BranchDecoder, DecoderClass
 from avfast.models.contract import Figures, Reconstruction
-from avfast.models.patched import init_weights, shared_plan
+from avfast.models.patched import equal_plan, init_weights
 from avfast.models.views import BranchDraws, Noise
 from avfast.nn import CrossBlock, LocalBlock, PackedBlock, run_blocks
 from avfast.nn.patches import PatchEmbed, patchify, positions, shown, table, unpatchify
@@ -300,7 +300,7 @@ class Branch(nn.Module):
 @untraced
 def equal_lengths(x: Tensor) -> AttentionPlan:
     """The plan of sequences ``(B, n, D)``."""
-    return shared_plan((x.shape[1],) * x.shape[0], x.device)
+    return equal_plan(x.device, (x.shape[0], x.shape[1]))
 
 
 class Fusion(nn.Module):

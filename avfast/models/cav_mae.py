@@ -139,12 +139,12 @@ class CAVMAE(MaskedPair):
         return self.run_blocks(self.blocks_u, x, plan, sizes, self.norm)
 
     def contrasted(self, audio: Tensor, visual: Tensor, draws: PairDraws) -> tuple[Tensor, Tensor]:
-        rows = (len(audio), len(visual))
+        rows = (audio.shape[0], visual.shape[0])
         a, v = self.joint_layer(torch.cat([audio, visual]), draws.plans["both"], (0, *rows)).split(rows)
         return a, v
 
     def fuse(self, joined: Tensor, plan: AttentionPlan) -> Tensor:
-        return self.joint_layer(joined, plan, (len(joined), 0, 0))
+        return self.joint_layer(joined, plan, (joined.shape[0], 0, 0))
 
     def classify(self, audio: Tensor | None = None, visual: Tensor | None = None, *, missing: bool = False) -> Tensor:
         """Class logits.

@@ -234,6 +234,11 @@ class DeepAVFusion(nn.Module, HubMixin):
         counts = self.patch_embed_a.num_patches, self.patch_embed.num_patches
         return FusionDraws.of(only, audio, visual, counts, self.fusion_tokens.shape[1], *present)
 
+    def whole(self, audio: Kept, visual: Kept) -> FusionDraws:
+        """The draws of all patches, or none, of each modality."""
+        counts = self.patch_embed_a.num_patches, self.patch_embed.num_patches
+        return FusionDraws.whole(audio, visual, counts, self.fusion_tokens.shape[1])
+
     # Encoder.
 
     def layer(self, index: int, a: Pending, v: Pending, tokens: Tensor, draws: FusionDraws) -> Streams:
@@ -344,7 +349,7 @@ class DeepAVFusion(nn.Module, HubMixin):
             from what was; PackedTokens in batch order where the kept patches differ in number.
         """
         images = self.images(audio, visual)
-        draws = patched.undrawn(self, len(images["audio"]), audio, visual, **keep)
+        draws = patched.undrawn(self, images["audio"].shape[0], audio, visual, **keep)
         a, v, tokens = self.finish(*self.run(images, draws))
         return patched.features(a, v, draws.batch_order(tokens), draws, audio is not None, visual is not None)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avfast.masking import Kept
 from avfast.models.contract import AttentionMaps
-from avfast.models.patched import KeptDraws, longest_first, present_index, shared_plan
+from avfast.models.patched import KeptDraws, equal_plan, longest_first, present_index, shared_plan
 from avfast.nn import PatchEmbed
 from avfast.nn.fusion import TokenLayout
 from avfast.packing import other_rows
@@ -81,6 +81,18 @@ class FusionDraws(KeptDraws):
             present_index(has_audio, device), present_index(has_visual, device),
             len({*audio.lengths}) == len({*visual.lengths}) == 1, context,
         )  # fmt: skip
+
+    @classmethod
+    def whole(cls, audio: Kept, visual: Kept, counts: tuple[int, int], context: int) -> FusionDraws:
+        """From all patches of a modality or none, with plans: the same as from kept ones, without the host's part."""
+        rows, device = audio.inverse, audio.ids.device
+        batch, tokens, plans = rows.shape[0], {}, {}
+        for name, kept, count in (("audio", audio, counts[0]), ("visual", visual, counts[1])):
+            run = (batch, kept.whole or 0)
+            with_context = equal_plan(device, run, context=context)
+            tokens[name] = TokenLayout(batch, (run,), None, equal_plan(device, run), with_context)
+            plans[name] = equal_plan(device, (batch, context + count))
+        return cls("joint", audio, visual, counts, rows, None, None, True, context, tokens, plans=plans)
 
     def to(self, device: torch.device | str) -> FusionDraws:
         """On a device, with plans there."""

@@ -14,13 +14,14 @@ from avfast.hub import HubMixin
 from avfast.masking import STRUCTURES, Kept, Structure, assign_ratios, check_ratio, spans
 from avfast.models import patched
 from avfast.models.contract import Features, Figures, Output
-from avfast.models.patched import Keep, KeptDraws, shared_plan
+from avfast.models.patched import Keep, KeptDraws, equal_plan, shared_plan
 from avfast.nn import JointDecoder, PackedBlock, PatchEmbed, run_blocks
 from avfast.nn.block import Read
 from avfast.ops import AttentionPlan, info_nce
 from avfast.ops.info_nce import InfoNCE
 from avfast.packing import other_rows, permute_rows
 from avfast.random import DrawKey
+from avfast.tensors import exporting
 
 if TYPE_CHECKING:
     from avfast.data.frontend import Frontend
@@ -84,6 +85,31 @@ class PairDraws(KeptDraws):
             tuple(joined.reshape(-1, 2).sum(1).tolist()), tuple(rows.tolist()), permutation, inverse,
             torch.cat([a, v])[permutation],
             torch.tensor(pairs, device=device) if len(pairs) < len(audio) else None,
+        )  # fmt: skip
+
+    @classmethod
+    def whole(cls, audio: Kept, visual: Kept, counts: tuple[int, int]) -> PairDraws:
+        """From all patches of a modality or none, with plans: the same as from kept ones, without the host's part."""
+        rows, device, total = audio.inverse, audio.ids.device, sum(counts)
+        batch, n_a, n_v = rows.shape[0], audio.whole or 0, visual.whole or 0
+        a, v = torch.arange(n_a, device=device), torch.arange(n_v, device=device)
+
+        def places(first: int, each: int, own: Tensor) -> Tensor:
+            return first + rows[:, None] * each + own
+
+        permutation = torch.cat([places(0, n_a, a), places(batch * n_a, n_v, v)], 1).flatten()
+        inverse = torch.cat([places(0, n_a + n_v, x).flatten() for x in (a, n_a + v)])
+        plans = {
+            "both": equal_plan(device, (batch, n_a), (batch, n_v)),
+            "audio": equal_plan(device, (batch, n_a)),
+            "visual": equal_plan(device, (batch, n_v)),
+            "joined": equal_plan(device, (batch, n_a + n_v)),
+            "dense": equal_plan(device, (batch, total)),
+        }
+        return cls(
+            "joint", audio, visual, counts, rows, None, None, True,
+            () if exporting() else (n_a + n_v,) * batch, audio.permutation, permutation, inverse,
+            places(0, total, torch.cat([a, counts[0] + v])).flatten(), None if n_a and n_v else rows[:0], plans=plans,
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> PairDraws:
@@ -240,6 +266,10 @@ class MaskedPair(nn.Module, HubMixin):
         counts = self.patch_embed_a.num_patches, self.patch_embed.num_patches
         return PairDraws.of(only, audio, visual, counts, *present)
 
+    def whole(self, audio: Kept, visual: Kept) -> PairDraws:
+        """The draws of all patches, or none, of each modality."""
+        return PairDraws.whole(audio, visual, (self.patch_embed_a.num_patches, self.patch_embed.num_patches))
+
     # Pre-training.
 
     def forward(
@@ -326,7 +356,7 @@ class MaskedPair(nn.Module, HubMixin):
             order [audio; visual]; PackedTokens in batch order where the kept patches differ in number.
         """
         images = self.images(audio, visual)
-        batch = len(images["audio"])
+        batch = images["audio"].shape[0]
         draws = patched.undrawn(self, batch, audio, visual, **keep)
         a, v = self.unimodal(images["audio"], images["visual"], draws)
         fused = None

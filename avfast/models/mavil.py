@@ -262,7 +262,7 @@ class MAViL(nn.Module, HubMixin):
         given = [x for x in inputs.values() if x is not None]
         if not given:
             raise ValueError("give audio, visual or both")
-        if len(sizes := [len(x) for x in given]) == 2 and sizes[0] != sizes[1]:
+        if len(sizes := [x.shape[0] for x in given]) == 2 and sizes[0] != sizes[1]:
             raise ValueError(f"audio and visual must pair up, got batches of {sizes[0]} and {sizes[1]}")
         return {
             name: branch.blank(given[0]) if (x := inputs[name]) is None else branch.image(name, x)

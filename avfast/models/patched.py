@@ -17,7 +17,7 @@ from avfast.ops import AttentionPlan, masked_patch_mse
 from avfast.ops.masked_patch_mse import normalise_patches
 from avfast.packing import PackedTokens
 from avfast.random import DrawKey
-from avfast.tensors import tensor_cache, untraced
+from avfast.tensors import exporting, tensor_cache, untraced
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +34,16 @@ def init_weights(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def equal_plan(device: torch.device, *runs: tuple[int, int], context: int = 0) -> AttentionPlan:
+    """The plan of runs of equal sequences, (count, length) each, with ``context`` keys before a sequence's own; in an
+    exported program for any counts.
+    """
+    if exporting():
+        return AttentionPlan.from_runs(runs, context, device)
+    lengths = tuple(n for count, n in runs for _ in range(count))
+    return shared_plan(lengths, device, tuple(context + n for n in lengths) if context else None)
 
 
 @tensor_cache
@@ -69,12 +79,13 @@ def images(audio: Tensor | None, visual: Tensor | None, audio_size: tuple[int, i
     for name, x in (("audio", audio), ("visual", visual)):
         if x is not None and not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}; model.frontend.{name} makes it so")
-    if audio is not None and visual is not None and len(audio) != len(visual):
-        raise ValueError(f"audio and visual must pair up, got batches of {len(audio)} and {len(visual)}")
+    batch = given.shape[0]
+    if visual is not None and visual.shape[0] != batch:
+        raise ValueError(f"audio and visual must pair up, got batches of {batch} and {visual.shape[0]}")
     if audio is None:
-        audio = given.new_zeros(len(given), *audio_size)
+        audio = given.new_zeros(batch, *audio_size)
     if visual is None:
-        visual = given.new_zeros(len(given), 3, size, size)
+        visual = given.new_zeros(batch, 3, size, size)
     if audio.ndim != 3 or tuple(audio.shape[1:]) != audio_size:
         fits = f"; a model built or loaded with audio_size={tuple(audio.shape[1:])} takes it" if audio.ndim == 3 else ""
         raise ValueError(f"audio must be (B, {audio_size[0]}, {audio_size[1]}), got {tuple(audio.shape)}{fits}")
@@ -88,6 +99,8 @@ def images(audio: Tensor | None, visual: Tensor | None, audio_size: tuple[int, i
 
 def embed_kept(embed: PatchEmbed, positions: Positions, x: Tensor, kept: Kept) -> Tensor:
     """Tokens ``(T, D)`` of the kept patches of an input, with their positions; the others are not embedded."""
+    if kept.whole:
+        return (embed(x).unflatten(0, (-1, embed.num_patches)) + table(positions)).flatten(0, 1)
     return embed(x, kept.flat(embed.num_patches)) + table(positions)[0][kept.ids]
 
 
@@ -152,6 +165,9 @@ class Patched(Protocol[D_co]):
 
     def packed(self, only: str, audio: Kept, visual: Kept, *present: Sequence[bool]) -> D_co:
         """The draws of kept patches; per instance whether it has audio and visual, default all."""
+
+    def whole(self, audio: Kept, visual: Kept) -> D_co:
+        """The draws, with plans, of :meth:`Kept.all` of both; they ask the host for nothing."""
 
 
 def draw(
@@ -231,15 +247,17 @@ def undrawn(
     visual_keep: Keep | None = None,
 ) -> D:
     """Draws that keep what is given, default all patches of the inputs, on the inputs' device."""
-    kept = []
-    for name, x, keep in (("audio", audio, audio_keep), ("visual", visual, visual_keep)):
+    given = visual if audio is None else audio
+    device = model.device if given is None else given.device
+    sides, kept = (("audio", audio, audio_keep), ("visual", visual, visual_keep)), []
+    whole = all(x is None or keep is None for _, x, keep in sides)
+    for name, x, keep in sides:
         count = model.parts[name].num_patches
         if x is None or keep is None:
-            kept.append(Kept.all(batch_size, 0 if x is None else count))
+            kept.append(Kept.all(batch_size, 0 if x is None else count, device if whole else "cpu"))
         else:
             kept.append(as_kept(name, keep, count, batch_size, (True,) * batch_size))
-    given = visual if audio is None else audio
-    return model.packed("joint", *kept).to(model.device if given is None else given.device)
+    return model.whole(*kept) if whole else model.packed("joint", *kept).to(device)
 
 
 def placed(model: Patched[D], draws: D | None, batch_size: int, given: tuple[bool, bool]) -> D:
@@ -289,7 +307,7 @@ def dense_or_packed(
         batch: how many there are.
     """
     if equal:
-        return values.unflatten(0, (batch, values.shape[0] // batch))
+        return values.unflatten(0, (batch, -1))
     tokens = PackedTokens(values, lengths).select(sorted(range(len(order)), key=lambda i: order[i]))
     if len(set(tokens.lengths)) == 1:
         return tokens.values.unflatten(0, (len(tokens), tokens.lengths[0]))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
+from avfast.tensors import exporting
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product casts ``x`` to here and now; its own without autocast and for float64."""
@@ -21,7 +23,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which operators on ``x``'s device compute in the dtypes they are given."""
-    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    if kind == "meta" or (exporting() and not torch.is_autocast_enabled(kind)):
+        return nullcontext()  # a context that changes nothing would be a graph of its own in an exported program
+    return torch.autocast(kind, enabled=False)
 
 
 def at_least_float32(*tensors: Tensor) -> torch.dtype:

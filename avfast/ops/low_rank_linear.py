@@ -64,7 +64,17 @@ def low_rank_linear(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
     shape = (*x.shape[:-1], *bias.shape)
     if not chunked:
         g, bias = g[None], bias[None]
-    return _forward(x.reshape(-1, x.shape[-1]), v, g, bias, keep)[0].view(shape)
+    rows = x.reshape(-1, x.shape[-1])
+    if backend.inlined(x):
+        return _plain(rows, v, g, bias).reshape(shape)
+    return _forward(rows, v, g, bias, keep)[0].view(shape)
+
+
+def _plain(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
+    """The same in operators that leave their inputs as they are, as exported programs have them."""
+    z = (x @ v.mT).unflatten(1, g.shape[:2]).to(bias.dtype)
+    n = F.normalize(z, dim=-1, eps=LEAST_NORM).to(x.dtype)
+    return torch.baddbmm(bias.to(x.dtype)[:, None], n.transpose(0, 1), g).transpose(0, 1)
 
 
 def _uses_onednn(x: Tensor) -> bool:

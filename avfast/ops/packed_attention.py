@@ -70,6 +70,7 @@ class AttentionPlan:
         max_seqlen_q: no sequence has more queries; 0 when unknown.
         max_seqlen_k: likewise for keys.
         host: the lengths themselves; None when only the device knows.
+        runs: those of an exported program, see :meth:`from_runs`.
     """
 
     cu_seqlens_q: Tensor
@@ -78,6 +79,7 @@ class AttentionPlan:
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     host: HostLengths | None = None
+    runs: tuple[tuple[int, int, int], ...] | None = None
 
     @classmethod
     def from_lengths(
@@ -100,6 +102,28 @@ class AttentionPlan:
         plan.check()
         plan = replace(plan, host=HostLengths.of(lengths_q, lengths_q if lengths_k is None else lengths_k))
         return plan if device is None else plan.to(device)
+
+    @classmethod
+    def from_runs(
+        cls, runs: Sequence[tuple[int, int]], context: int = 0, device: torch.device | str | None = None
+    ) -> AttentionPlan:
+        """For a program that is exported, whose number of sequences the host does not know, only that they are equal.
+
+        Args:
+            runs: ``(count, length)`` of consecutive sequences; the counts may be symbols.
+            context: further keys in front of those of each sequence.
+            device: of the tokens.
+        """
+        whole = [(count, n, context + n) for count, n in runs]
+        q, k = (
+            torch.cat([torch.full((run[0],), run[i], dtype=torch.int32, device=device) for run in whole]).cumsum(
+                0, dtype=torch.int32
+            )
+            for i in (1, 2)
+        )
+        q, k = F.pad(q, (1, 0)), F.pad(k, (1, 0))
+        longest = max(n for _, n in runs)
+        return cls(q, k if context else None, [], longest, context + longest if context else 0, runs=tuple(whole))
 
     @classmethod
     def from_cu_seqlens(
@@ -328,6 +352,8 @@ def _alternative(q: Tensor, k: Tensor, plan: AttentionPlan, scale: float) -> Cal
     library = backend.get_backend()
     if library in backend.ATTENTION_LIBRARIES:
         return partial(libraries.attend, library, plan=plan, scale=scale)
+    if plan.runs is not None and backend.inlined(q):
+        return partial(_by_runs, runs=plan.runs, scale=scale)
     host = plan.host
     if q.device.type != "cpu" or torch.compiler.is_compiling() or host is None or not host.equal:
         return None  # a compiled step reads no length of the host, so that one serves all
@@ -345,6 +371,16 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Ten
             return _dense(q.to(dtype), k.to(dtype), v.to(dtype), sequences, scale).to(q.dtype)
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
+
+
+def _by_runs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[tuple[int, int, int]], scale: float) -> Tensor:
+    rows = [count * n for count, n, _ in runs], [count * m for count, _, m in runs]
+    parts = zip(runs, q.split(rows[0]), k.split(rows[1]), v.split(rows[1]), strict=True)
+    read = [
+        _dense(part, keys, values, count, scale) if n and m else torch.zeros_like(part)
+        for (count, n, m), part, keys, values in parts
+    ]
+    return read[0] if len(read) == 1 else torch.cat(read)
 
 
 def packed_attention(

@@ -186,16 +186,21 @@ def _checked_side(
 
 def _is_dense(q: Tensor, k_a: Tensor, k_v: Tensor, v: Tensor, keys_a: Tensor | None, keys_v: Tensor | None) -> bool:
     """Whether PyTorch's attention on the CPU computes both sides; in float64 the formula written out is more exact."""
-    if q.device.type != "cpu" or q.dtype == torch.float64 or not keys_a is keys_v is None:
+    if not (keys_a is keys_v is None and (k_a.shape[2] or k_v.shape[2])):
         return False
-    return bool(k_a.shape[2] or k_v.shape[2]) and not backend.use_kernels("pair_attention", q, v)
+    if backend.inlined(q):
+        return True
+    if q.device.type != "cpu" or q.dtype == torch.float64:
+        return False
+    return not backend.use_kernels("pair_attention", q, v)
 
 
 def _dense(q: Tensor, sides: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None, scale: float) -> Tensor:
-    if q.dtype != torch.float32:
+    wide = reference.statistics_dtype(q.dtype)
+    if q.dtype != wide:
         with without_autocast(q):
-            sides = [(k.float(), v.float()) for k, v in sides]
-            return _dense(q.float(), sides, None if bias is None else bias.float(), scale).to(q.dtype)
+            sides = [(k.to(wide), v.to(wide)) for k, v in sides]
+            return _dense(q.to(wide), sides, None if bias is None else bias.to(wide), scale).to(q.dtype)
     reads = [F.scaled_dot_product_attention(q, k, v, scale=scale) for k, v in sides if k.shape[2]]
     out = reads[0] if len(reads) == 1 else reads[0] + reads[1]
     return out if bias is None else out + bias[:, None]

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avfast import backend
 from avfast.ops._shared import register_autograd, without_autocast
 
 # Largest norm of a polynomial's argument, and how often its value is squared at most: 3.6 * 2^9 = 0.9 * 2^11.
@@ -58,6 +59,11 @@ def skew_exp(a: Tensor) -> Tensor:
     if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not a.is_floating_point():
         raise ValueError(f"skew_exp takes floating-point matrices (..., n, n), got {tuple(a.shape)} {a.dtype}")
     matrices = a.to(torch.promote_types(a.dtype, torch.float32)).reshape(a.shape[:-2].numel(), *a.shape[-2:])
+    if backend.inlined(
+        a
+    ):  # a program of PyTorch's operators cannot write into parts of a tensor as the eager body does
+        upper = matrices.triu(1)
+        return torch.linalg.matrix_exp(upper - upper.mT).reshape(a.shape)
     return _forward(matrices)[0].reshape(a.shape)
 
 
