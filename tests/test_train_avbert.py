@@ -64,6 +64,15 @@ def test_the_demo_hears_and_sees_whole_films():
     assert (spec.seconds, spec.frames.shape[0]) == (preset.seconds, preset.clips)
 
 
+def test_the_demo_sees_all_of_a_frame_before_it_learns():
+    """Bottlenecks that start as their shortcuts would show the visual network one corner alone."""
+    config = avbert_demo()
+    model = create_model(config.model, **config.model_args).eval()  # in training, batch norm mixes all places
+    x = torch.randn(4, *model.clip_shapes["visual"], requires_grad=True)
+    model.visual_cnn(x).sum().backward()
+    assert x.grad.abs().amax((0, 1, 2)).gt(0).float().mean() > 0.99
+
+
 def test_stopped_and_resumed_is_bit_for_bit(tmp_path, films, monkeypatch):
     """With AMSGrad and rotations at a rate of their own."""
     whole = settings(tmp_path / "whole", films, checkpoint_every=2, keep_checkpoints=0)

@@ -23,8 +23,9 @@ from .scene import INSTRUMENTS, RADIUS, Scene, Source
 from .synth import Waves
 
 EVENTS = (0, 3, 6, 7)  # what the object becomes: bell, strings, organ, buzzer
-# How each of them looks and sounds: loudness (size) and vibrato (hue), give or take, then colour and articulation.
-MANNERS = ((0.1, 0.1, 0, 0), (0.9, 0.9, 0, 1), (0.9, 0.1, 1, 0), (0.1, 0.9, 1, 1))
+# How each of them looks and sounds: loudness (size) and vibrato (hue), give or take, then colour and articulation. None
+# is small: in frames of 32 pixels a network that starts from scratch sees little but the background beside such.
+MANNERS = ((0.6, 0.1, 0, 0), (0.9, 0.9, 0, 1), (0.9, 0.1, 1, 0), (0.6, 0.9, 1, 1))
 OTHERS = tuple(k for k in range(len(INSTRUMENTS)) if k not in EVENTS)
 ORDERS = tuple(permutations(EVENTS, 2))  # (first, second), by class index
 

@@ -22,7 +22,7 @@ from .long import Film, film_class_names
 from .sampling import SPLITS, Preset, sample, sample_films
 from .scene import Scene, class_names, write_scenes
 
-VERSION = 3  # raise it whenever the same arguments give other clips
+VERSION = 4  # raise it whenever the same arguments give other clips
 CLIPS = "clips"
 _WRITER = """
 import importlib.util, sys
