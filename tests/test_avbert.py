@@ -267,6 +267,13 @@ def test_parts_work_alone_and_on_fewer_or_larger_clips():
         model(**inputs, draws=drawn(model, 3))
 
 
+def test_how_large_time_embeddings_start():
+    """And nothing else does otherwise."""
+    usual, large = (dict(built(**settings).named_parameters()) for settings in ({}, {"time_std": 0.2}))
+    for name, p in usual.items():
+        torch.testing.assert_close(large[name], p * 10 if name.endswith(".positions") else p, atol=1e-6, rtol=0)
+
+
 def test_one_video_is_no_batch():
     model = built()
     with pytest.raises(ValueError, match="of which there must be 2 or more"):

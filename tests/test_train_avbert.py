@@ -64,13 +64,14 @@ def test_the_demo_hears_and_sees_whole_films():
     assert (spec.seconds, spec.frames.shape[0]) == (preset.seconds, preset.clips)
 
 
-def test_the_demo_sees_all_of_a_frame_before_it_learns():
-    """Bottlenecks that start as their shortcuts would show the visual network one corner alone."""
+@pytest.mark.parametrize("name", ["audio", "visual"])
+def test_the_demo_sees_and_hears_all_of_a_clip_before_it_learns(name):
+    """Bottlenecks that start as their shortcuts would show the networks a few places alone."""
     config = avbert_demo()
     model = create_model(config.model, **config.model_args).eval()  # in training, batch norm mixes all places
-    x = torch.randn(4, *model.clip_shapes["visual"], requires_grad=True)
-    model.visual_cnn(x).sum().backward()
-    assert x.grad.abs().amax((0, 1, 2)).gt(0).float().mean() > 0.99
+    x = torch.randn(4, *model.clip_shapes[name], requires_grad=True)
+    model.cnn(name)(x).sum().backward()
+    assert x.grad.abs().flatten(0, -3).amax(0).gt(0).float().mean() > 0.99
 
 
 def test_stopped_and_resumed_is_bit_for_bit(tmp_path, films, monkeypatch):

@@ -99,6 +99,7 @@ class AVBERT(nn.Module, HubMixin):
         dropout: see the head.
         eps: of all LayerNorms.
         init_std: of linear weights at first; a narrow model wants more.
+        time_std: of time embeddings at first, beside clip embeddings of 1.
         mask_ratio: share of masked clips.
         masks: videos of a pool are masked at the same places (``"pool"``), or each at its own (``"video"``).
         target_gradient: MEP trains the CNNs through its targets too.
@@ -150,6 +151,7 @@ class AVBERT(nn.Module, HubMixin):
         dropout: float = 0.0,
         eps: float = 1e-12,
         init_std: float = 0.01,
+        time_std: float = 0.02,
         mask_ratio: float = 0.15,
         masks: Masks = "pool",
         target_gradient: bool = True,
@@ -208,10 +210,10 @@ class AVBERT(nn.Module, HubMixin):
             self.cpp_heads["unimodal"] = PairClassifier(embed_dim, cpp_depth)
         if cpp and fusion != "late":
             self.cpp_heads["multimodal"] = PairClassifier(embed_dim, cpp_depth)
-        self._initialise(init_std)
+        self._initialise(init_std, time_std)
 
     @torch.no_grad()
-    def _initialise(self, init_std: float) -> None:
+    def _initialise(self, init_std: float, time_std: float) -> None:
         for part in (self.adapters, self.mep_heads, self.cpp_heads):
             for linear in part.modules():
                 if isinstance(linear, nn.Linear):
@@ -219,8 +221,8 @@ class AVBERT(nn.Module, HubMixin):
                     if linear.bias is not None:
                         linear.bias.zero_()
         for module in (*self.adapters.values(), *self.times.values()):
-            for vectors in module.parameters(recurse=False):
-                vectors.normal_(std=0.02)
+            for name, vectors in module.named_parameters(recurse=False):
+                vectors.normal_(std=time_std if name == "positions" else 0.02)
 
     @cached_property
     def frontend(self) -> ClipsFrontend:

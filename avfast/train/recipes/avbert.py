@@ -44,10 +44,11 @@ def avbert_demo() -> Config:
     """A tiny AVBERT on the built-in films of eight clips, a few minutes on two CPU cores.
 
     Against the preset its spectrograms have fewer frames and more mel bins, and its audio network strides from the
-    first stage on. The slow pathway has one frame of four (the paper's one of eight), at half of the time. In a visual
-    network of one block per stage zero_init would leave the strided shortcuts alone at first, and they see a corner of
-    6 x 6 pixels of 32 x 32. Three clips of eight are masked and batches are small, for more to learn from in as many
-    minutes. Masked clips are told from those of more films: of a film's own clips most are hard to tell apart.
+    first stage on. The slow pathway has one frame of four (the paper's one of eight), at half of the time. In networks
+    of one block per stage zero_init would leave the strided shortcuts alone at first, and of 32 x 32 pixels they see a
+    corner of 6 x 6. Time embeddings start ten times as large: the sooner a network knows which clips are near, the
+    sooner it learns what they show. Three clips of eight are masked and batches are small, for more to learn from in as
+    many minutes. Masked clips are told from those of more films: of a film's own most are hard to tell apart.
     """
     return Config(
         recipe="avbert_demo",
@@ -58,8 +59,9 @@ def avbert_demo() -> Config:
         model_args={
             "audio_size": [16, 48],
             "visual_args": {"width": 16, "depths": [1, 1, 1, 1], "alpha": 4, "zero_init": False},
-            "audio_args": {"width": 8, "depths": [1, 1, 1, 1], "strides": [2, 2, 2, 2]},
+            "audio_args": {"width": 8, "depths": [1, 1, 1, 1], "strides": [2, 2, 2, 2], "zero_init": False},
             "frontend": {"sample_rate": 16000, "mean": -5.0, "std": 4.0},
+            "time_std": 0.2,
             "mask_ratio": 0.4,
             "pool_size": 16,
             "num_negatives": 64,
