@@ -105,7 +105,8 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None = None, chunk_axis:
     """That of each chunk: ``(C, N, I), (C, O, I), (C, O) -> (C, N, O)``, or with the chunks along another axis."""
     if _uses_onednn(x):
         biases = [None] * len(x) if bias is None else bias
-        return torch.stack([_product(*each) for each in zip(x, weight, biases, strict=True)], chunk_axis)
+        parts = [_product(*each) for each in zip(x, weight, biases, strict=True)]
+        return torch.stack(parts, chunk_axis) if len(parts) > 1 else parts[0].unsqueeze(chunk_axis)
     shape = [x.shape[1], weight.shape[1]]
     shape.insert(chunk_axis, len(x))
     out = x.new_empty(shape)
