@@ -90,9 +90,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, factors: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """``(B, n, D) -> (B, n, D)``."""
-        qkv = _apply(self.qkv, x, factors.get("qkv")).unflatten(-1, (3, self.num_heads, -1))
+        qkv = _apply(self.qkv, x, factors.get("qkv")).unflatten(-1, (3, -1))
         dropout = self.dropout if self.training else 0.0
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        # Heads are split after, so that the gradient of the whole is put together by rows and not by heads.
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv.unbind(2))
         heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         out = _apply(self.proj, heads.transpose(1, 2).flatten(2), factors.get("proj"))
         return self.norm(x + F.dropout(out, dropout, self.training))
