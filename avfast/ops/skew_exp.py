@@ -59,9 +59,7 @@ def skew_exp(a: Tensor) -> Tensor:
     if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not a.is_floating_point():
         raise ValueError(f"skew_exp takes floating-point matrices (..., n, n), got {tuple(a.shape)} {a.dtype}")
     matrices = a.to(torch.promote_types(a.dtype, torch.float32)).reshape(a.shape[:-2].numel(), *a.shape[-2:])
-    if backend.inlined(
-        a
-    ):  # a program of PyTorch's operators cannot write into parts of a tensor as the eager body does
+    if backend.inlined(a):  # an exported program cannot write into parts of a tensor, as the eager body does
         upper = matrices.triu(1)
         return torch.linalg.matrix_exp(upper - upper.mT).reshape(a.shape)
     return _forward(matrices)[0].reshape(a.shape)
