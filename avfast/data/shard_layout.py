@@ -262,7 +262,7 @@ class ShardSet:
         self.build = read_json(folder / BUILD)
         if self.build.get("format") != FORMAT:
             found = self.build.get("format")
-            raise ShardError(f"{self.name}/{BUILD}: format {found}; this avfast reads format {FORMAT}")
+            raise ShardError(f"{self.name}/{BUILD}: format {found}; this avfast reads format {FORMAT}; build it again")
         known = {field.name for field in fields(ShardSettings)}
         self.settings = ShardSettings(**{k: v for k, v in self.build["settings"].items() if k in known})
         self.class_names: tuple[str, ...] = tuple(self.build["classes"])

@@ -80,8 +80,8 @@ def _plain(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
 def _uses_onednn(x: Tensor) -> bool:
     """Whether float32 products on a CPU are oneDNN's.
 
-    PyTorch's own are MKL's, which leaves the widest vectors of some processors unused: on a Zen 4 oneDNN is 1.1 to 1.8
-    times as fast at the sizes of AVBERT.
+    PyTorch's own are MKL's, which leaves the widest vectors of some processors unused (AMD's; benchmarks/low_rank.py
+    compares).
     """
     return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _has_onednn()
 

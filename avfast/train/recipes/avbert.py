@@ -47,9 +47,8 @@ def avbert_demo() -> Config:
     first stage on. The slow pathway has one frame of four (the paper's one of eight), at half of the time. In networks
     of one block per stage zero_init would leave the strided shortcuts alone at first, and of 32 x 32 pixels they see a
     corner of 6 x 6. Three clips of eight are masked and batches are small, for more to learn from in as many minutes.
-    At twice this learning rate one of two seeds had learned next to nothing after 620 of 744 steps. Masked clips are
-    told from those of more films: of a film's own most are hard to tell apart. Time embeddings start ten times larger;
-    at the higher rate that helped one seed of two and held up the other, and without it this rate was not tried.
+    Masked clips are told from those of more films: of a film's own most are hard to tell apart. Learning rate and the
+    size at which time embeddings start are chosen by trial; at twice this rate some seeds do not learn in this time.
 
     The probes alone do not show that it learned: with whole clips in view, untrained networks pass twice chance too.
     Compare with ``--steps 0``.
