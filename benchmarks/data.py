@@ -221,7 +221,11 @@ def measure(
     if found > LIMIT:
         rows.append(replace(blank, variant=OURS, error=found, note=f"REFUSED: above {LIMIT}"))
         del good[OURS]
-    known = {0: ("one core", "training"), 2: ("two workers", "training, two workers")}
+    known = {
+        0: ("one core", "training"),
+        1: ("one worker", "training, one worker"),
+        2: ("two workers", "training, two workers"),
+    }
     for workers, phases in ((number, known[number]) for number in counts):
         for variant, path in good.items():
             each = (8 if quick else 30) if variant == OURS else 2
@@ -239,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parse = common.parser(__doc__.splitlines()[0])
     parse.add_argument("--clips", type=int, help="of a set, default 48, or 12 with --quick")
     parse.add_argument("--folder", help="where clips and shards are kept for the next run; default: a temporary folder")
-    parse.add_argument("--workers", type=int, nargs="+", choices=(0, 2), default=(0, 2), help="loader workers, 0 or 2")
+    parse.add_argument("--workers", type=int, nargs="+", choices=(0, 1, 2), default=(0, 1, 2), help="loader workers")
     args = parse.parse_args(argv)
     torch.set_num_threads(args.threads or 1)
     known = cases()

@@ -256,6 +256,8 @@ def test_workers_change_nothing(folder: Path) -> None:
         assert (a.positions, a.step, a.total, a.failures) == (b.positions, b.step, b.total, b.failures)
         for name in ("waveform", "num_samples", "frames", "has_audio", "has_visual", "labels", "index", "short"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert b.waveform.is_shared() and not b.has_audio.is_shared()  # each shared tensor costs a connection
+        assert not a.waveform.is_shared()
     pickle.loads(pickle.dumps(dataset))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -13,9 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from avfast.data.ahead import ahead
 from avfast.data.dataset import ClipDataset, Failure, Sample
@@ -39,6 +41,8 @@ __all__ = [
 
 logger = logging.getLogger("avfast")
 TRAINER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the signals that are a trainer's to answer
+
+_SMALL = 1 << 16  # bytes of a tensor that is sent by value
 
 
 @dataclass
@@ -113,6 +117,14 @@ class Batch:
         """This batch in page-locked memory (the hook of torch's DataLoader)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Small tensors by value: each that goes through shared memory costs both processes a connection."""
+        return {name: _by_value(value) for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
@@ -128,8 +140,8 @@ def collate(samples: Sequence[Sample | Failure], *, spec: ClipSpec, num_classes:
     """
     good = [sample for sample in samples if isinstance(sample, Sample)]
     lengths = [0 if sample.waveform is None else len(sample.waveform) for sample in good]
-    waveform = torch.zeros(len(good), max(lengths, default=0), dtype=torch.float32)
-    frames = torch.zeros(len(good), spec.num_frames, 3, spec.image_size, spec.image_size, dtype=torch.uint8)
+    waveform = _zeros((len(good), max(lengths, default=0)), torch.float32)
+    frames = _zeros((len(good), spec.num_frames, 3, spec.image_size, spec.image_size), torch.uint8)
     labels = torch.zeros(len(good), num_classes, dtype=torch.float32) if num_classes else None
     for row, sample in enumerate(good):
         if sample.waveform is not None:
@@ -155,6 +167,21 @@ def collate(samples: Sequence[Sample | Failure], *, spec: ClipSpec, num_classes:
         total=1 + max(sample.position for sample in samples),
         starts=tuple(sample.start for sample in good),
     )
+
+
+def _by_value(value: Any) -> Any:
+    """A small tensor of the CPU as an array."""
+    small = isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes <= _SMALL
+    return value.numpy() if small else value
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros; in a loader's worker in shared memory, as torch's own collating has them: to send them is no copy then."""
+    size = math.prod(shape) * dtype.itemsize
+    if get_worker_info() is None or not size:
+        return torch.zeros(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(size)  # a new file, so it holds zeros
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 class Loader:
