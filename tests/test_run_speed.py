@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import MODEL, losses, settings
+from small_runs import MODEL, losses, settings
 
 from avfast import backend, flops
 from avfast.models import create_model

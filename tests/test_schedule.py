@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import arguments, assert_same, losses, settings
+from small_runs import arguments, assert_same, losses, settings
 
 from avfast import create_model, list_models
 from avfast.data.clips import StepBatches

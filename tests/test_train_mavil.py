@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import QUIET, arguments, assert_same, losses
+from small_runs import QUIET, arguments, assert_same, losses
 
 from avfast import create_model
 from avfast.demo import PRESETS
