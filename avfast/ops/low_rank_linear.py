@@ -199,7 +199,12 @@ class _OneDNN(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
             return _backward(torch.stack(grads, 1), x, v, g, n.transpose(0, 1), length)
         grads = tuple(grad.contiguous() for grad in grads)
-        dn = torch.stack([_linear(grad, own) for grad, own in zip(grads, g, strict=True)], 1)
+        dn = _stacked([_linear(grad, own) for grad, own in zip(grads, g, strict=True)], 1)
         dz = _through_norm(dn, n.transpose(0, 1), length).flatten(1)
-        grad_g = torch.stack([_linear(own.mT, grad.mT) for own, grad in zip(n, grads, strict=True)])
-        return _linear(dz, v.mT), _linear(dz.mT, x.mT), grad_g, torch.stack([grad.sum(0) for grad in grads])
+        grad_g = _stacked([_linear(own.mT, grad.mT) for own, grad in zip(n, grads, strict=True)])
+        return _linear(dz, v.mT), _linear(dz.mT, x.mT), grad_g, _stacked([grad.sum(0) for grad in grads])
+
+
+def _stacked(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """One is not copied."""
+    return torch.stack(parts, dim) if len(parts) > 1 else parts[0].unsqueeze(dim)
