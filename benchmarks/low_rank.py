@@ -55,18 +55,18 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[list[T
     return [t.to(device, dtype) for t in (x, v, g, bias)], []
 
 
-def avfast(case: Case, x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
+def avfast(case: Case, x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     return low_rank_linear(x, v, g, bias)
 
 
-def separate(case: Case, x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
+def separate(case: Case, x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     parts = zip(v.split(case.rank), g, bias, strict=True)
-    return torch.stack([torch.addmm(b, F.normalize(x @ factor.mT, dim=-1), m) for factor, m, b in parts], 1)
+    return tuple(torch.addmm(b, F.normalize(x @ factor.mT, dim=-1), m) for factor, m, b in parts)
 
 
-def wide(case: Case, x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
+def wide(case: Case, x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     n = F.normalize((x @ v.mT).unflatten(1, (case.chunks, case.rank)), dim=-1)
-    return torch.baddbmm(bias[:, None], n.transpose(0, 1), g).transpose(0, 1)
+    return torch.baddbmm(bias[:, None], n.transpose(0, 1), g).unbind()
 
 
 def moved(case: Case, dtype: torch.dtype) -> tuple[float, float]:

@@ -40,7 +40,7 @@ class Operator(Generic[C]):
 
     name: str
     cases: Callable[[int], dict[str, C]]
-    variants: Mapping[str, Callable[..., Tensor]]
+    variants: Mapping[str, Callable[..., Tensor | tuple[Tensor, ...]]]
     inputs: Callable[[C, torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]]
     moved: Callable[[C, torch.dtype], tuple[float, float]]
     flops: Callable[[C], float] = lambda case: 0.0
@@ -68,41 +68,44 @@ class Operator(Generic[C]):
 class Step:
     """A call and its inputs."""
 
-    call: Callable[..., Tensor]
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
     leaves: list[Tensor]
     constants: list[Tensor]
-    _grad: Tensor | None = None
+    _grads: list[Tensor] | None = None
 
-    def forward(self) -> Tensor:
-        return self.call(*self.leaves, *self.constants)
+    def forward(self) -> list[Tensor]:
+        """Outputs."""
+        found = self.call(*self.leaves, *self.constants)
+        return list(found) if isinstance(found, tuple) else [found]
 
-    def grad(self, out: Tensor) -> Tensor:
-        """Of the output, made once: fixed values of both signs."""
-        if self._grad is None:
-            self._grad = (torch.arange(out.numel(), device=out.device).view(out.shape) % 7 - 2.5).to(out.dtype)
-        return self._grad
+    def grads(self, outs: list[Tensor]) -> list[Tensor]:
+        """Of the outputs, made once: fixed values of both signs."""
+        if self._grads is None:
+            values = [torch.arange(x.numel(), device=x.device).view(x.shape) % 7 - 2.5 for x in outs]
+            self._grads = [value.to(x.dtype) for value, x in zip(values, outs, strict=True)]
+        return self._grads
 
     def both(self) -> list[Tensor]:
-        """Output and gradients."""
-        out = self.forward()
-        return [out.detach(), *torch.autograd.grad(out, self.leaves, self.grad(out))]
+        """Outputs and gradients."""
+        outs = self.forward()
+        return [*(x.detach() for x in outs), *torch.autograd.grad(outs, self.leaves, self.grads(outs))]
 
     def phases(self) -> dict[str, Callable[[], object]]:
         """The two halves of a step."""
-        state: dict[str, Tensor] = {}
+        state: dict[str, list[Tensor]] = {}
 
         def forward() -> None:
-            state["out"] = self.forward()
+            state["outs"] = self.forward()
 
         def backward() -> None:
-            out = state.pop("out")
-            torch.autograd.grad(out, self.leaves, self.grad(out))
+            outs = state.pop("outs")
+            torch.autograd.grad(outs, self.leaves, self.grads(outs))
 
         return {"forward": forward, "backward": backward}
 
     def memory(self, device: torch.device) -> tuple[float, float]:
         """MiB at the peak without what is returned, and kept for the backward pass."""
-        returned = sum(x.nbytes for x in (self.grad(self.forward()), *self.leaves))
+        returned = sum(x.nbytes for x in (*self.grads(self.forward()), *self.leaves))
         present = [*self.leaves, *self.constants]
         peak = peak_memory(self.both, device) - returned
         return peak / MIB, saved_bytes(self.forward, present) / MIB

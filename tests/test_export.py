@@ -79,7 +79,7 @@ def test_other_architectures_are_exported(name, settings):
 def test_factors_of_low_rank_are_written_out():
     class Projection(torch.nn.Module):
         def forward(self, x, skew, v, u, bias):
-            return low_rank_linear(x, v, skew_exp(skew) @ u, bias)
+            return torch.stack(low_rank_linear(x, v, skew_exp(skew) @ u, bias))
 
     rest = [torch.randn(shape) for shape in ((2, 4, 4), (8, 6), (2, 4, 5), (2, 5))]
     shapes = ({0: torch.export.Dim("batch")}, *(None for _ in rest))

@@ -48,9 +48,15 @@ def random_inputs(tokens, chunks, width, rank, out, dtype=torch.float64):
     return [t.requires_grad_() for t in inputs]
 
 
+def stacked(*inputs):
+    """The outputs of chunks in one tensor, as the naive form has them."""
+    outs = low_rank_linear(*inputs)
+    return torch.stack(outs, -2) if isinstance(outs, tuple) else outs
+
+
 def check(inputs, tol):
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    got, want = low_rank_linear(*inputs), naive(*exact)
+    got, want = stacked(*inputs), naive(*exact)
     assert got.dtype == inputs[0].dtype
     assert_close("out", got, want, tol)
     grad = torch.randn(*want.shape[:-1], want.shape[-1] + 2)[..., 1:-1].to(got.dtype)  # not contiguous
@@ -130,9 +136,9 @@ def test_nothing_is_kept_without_a_gradient():
 
 def test_leading_dimensions_are_tokens():
     x, v, g, bias = (t.detach() for t in random_inputs(12, 3, 16, 8, 8))
-    flat = low_rank_linear(x, v, g, bias)
+    flat = stacked(x, v, g, bias)
     assert flat.shape == (12, 3, 8)
-    assert torch.equal(low_rank_linear(x.view(2, 6, 16), v, g, bias), flat.view(2, 6, 3, 8))
+    assert torch.equal(stacked(x.view(2, 6, 16), v, g, bias), flat.view(2, 6, 3, 8))
     assert_close("one", low_rank_linear(x[0], v[:8], g[0], bias[0]), flat[0, 0], 1e-12)
 
 
@@ -151,16 +157,27 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.avfast.low_rank_linear_backward, (grad, x, v, g, n, length))
 
 
+@pytest.fixture
+def operator(monkeypatch):
+    """Eager float32 on a CPU is the operator too."""
+    monkeypatch.setattr(sys.modules[low_rank_linear.__module__], "_HAS_ONEDNN", False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_operator_in_float32(case, operator):
+    check(random_inputs(*case, torch.float32), 2e-6)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="compares PyTorch paths")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("half", [None, torch.bfloat16])
-def test_eager_equals_compiled_with_and_without_autocast(dtype, half):
+def test_eager_equals_compiled_with_and_without_autocast(dtype, half, operator):
     """float32 parameters; activations of either kind."""
     x, *rest = random_inputs(9, 3, 32, 16, 24, torch.float32)
     x = x.detach().to(half or torch.float32).requires_grad_()
-    compiled = torch.compile(low_rank_linear, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(stacked, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        got, want = compiled(x, *rest), low_rank_linear(x, *rest)
+        got, want = compiled(x, *rest), stacked(x, *rest)
     assert got.dtype == want.dtype == (dtype or half or torch.float32)
     assert torch.equal(got, want)
     grads = [torch.autograd.grad(out.float().square().sum(), [x, *rest]) for out in (got, want)]
@@ -171,8 +188,9 @@ def test_eager_equals_compiled_with_and_without_autocast(dtype, half):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compares PyTorch paths")
-def test_a_second_derivative_is_refused():
-    inputs = random_inputs(3, 0, 8, 4, 6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_second_derivative_is_refused(dtype):
+    inputs = random_inputs(3, 0, 8, 4, 6, dtype)
     grad = torch.autograd.grad(low_rank_linear(*inputs).square().sum(), inputs[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="low_rank_linear has no second derivative"):
         torch.autograd.grad(grad.sum(), inputs[0])
@@ -183,7 +201,7 @@ def test_a_second_derivative_is_refused():
 def test_flops_are_those_of_the_factors(device):
     inputs = [t.detach().to(device).requires_grad_() for t in random_inputs(5, 3, 32, 16, 24)]
     products = 2 * 5 * 3 * (32 * 16 + 16 * 24)
-    assert flops.count(lambda: low_rank_linear(*inputs).sum(), backward=True) == 3 * products
+    assert flops.count(lambda: stacked(*inputs).sum(), backward=True) == 3 * products
 
 
 @pytest.mark.skipif(INTERPRETED, reason="asks the dispatch")
@@ -234,9 +252,9 @@ def test_the_released_projections(dtype, tol):
 
     x = {width: torch.from_numpy(normal(f"input:a.x{width}", 3, 7, width)).float().to(dtype) for width in (768, 3072)}
     v, g, bias = zip(*(factors(kind, 768, 768) for kind in ("query", "key", "value")), strict=True)
-    out = low_rank_linear(x[768], torch.cat(v), torch.stack(g), torch.stack(bias))
-    for c, kind in enumerate(("query", "key", "value")):
-        assert_close(kind, out[..., c, ::16], expected[f"out.{kind}"], tol)
+    outs = low_rank_linear(x[768], torch.cat(v), torch.stack(g), torch.stack(bias))
+    for kind, out in zip(("query", "key", "value"), outs, strict=True):
+        assert_close(kind, out[..., ::16], expected[f"out.{kind}"], tol)
     for kind, width, every in (("ffn", 768, 64), ("ffn_output", 3072, 16)):
         got = low_rank_linear(x[width], *factors(kind, width, 3840 - width))
         assert_close(kind, got[..., ::every], expected[f"out.{kind}"], tol)
@@ -253,10 +271,10 @@ def test_the_kernels_on_a_gpu(case, dtype):
     inputs = [t.detach().cuda().requires_grad_() for t in random_inputs(*case, dtype)]
 
     def results(given, grad):
-        out = low_rank_linear(*given)
+        out = stacked(*given)
         return [out, *torch.autograd.grad(out, given, grad)]
 
-    grad = torch.randn(low_rank_linear(*inputs).shape, device="cuda").to(dtype)
+    grad = torch.randn(stacked(*inputs).shape, device="cuda").to(dtype)
     got, again = results(inputs, grad), results(inputs, grad)
     exact = results([t.detach().cpu().double().requires_grad_() for t in inputs], grad.cpu().double())
     tol = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps

@@ -71,12 +71,13 @@ class LowRankLinear(nn.Module):
         parts = zip(self.v.to(dtype).unbind(), g.unflatten(1, (transformers, rank)).unbind(1), strict=True)
         return [(v, g_own, self.bias) for v, g_own in parts]
 
-    def forward(self, x: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """``(..., I) -> (..., C O)`` with the factors of one transformer."""
-        return low_rank_linear(x, *factors).flatten(-2)
+    def forward(self, x: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """``(..., I) -> (..., O)``, or as many of that as there are chunks, with the factors of one transformer."""
+        parts = low_rank_linear(x, *factors)
+        return parts if self.chunks > 1 else parts[0]
 
 
-def _apply(linear: nn.Module, x: Tensor, factors: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+def _apply(linear: nn.Module, x: Tensor, factors: tuple[Tensor, Tensor, Tensor] | None) -> Any:
     return linear(x) if factors is None else linear(x, factors)
 
 
@@ -90,10 +91,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, factors: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """``(B, n, D) -> (B, n, D)``."""
-        qkv = _apply(self.qkv, x, factors.get("qkv")).unflatten(-1, (3, -1))
+        parts = _apply(self.qkv, x, factors.get("qkv"))
+        if isinstance(parts, Tensor):
+            parts = parts.chunk(3, -1)
         dropout = self.dropout if self.training else 0.0
         # Heads are split after, so that the gradient of the whole is put together by rows and not by heads.
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv.unbind(2))
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         out = _apply(self.proj, heads.transpose(1, 2).flatten(2), factors.get("proj"))
         return self.norm(x + F.dropout(out, dropout, self.training))

@@ -14,7 +14,7 @@ n and |z| are kept for the backward pass when there is to be one.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from avfast import backend
 from avfast.ops._shared import at_least_float32, autocast_dtype, register_autograd
 
 LEAST_NORM = 1e-12
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def low_rank_linear(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
+def low_rank_linear(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, ...]:
     """``normalize(x v^T) g + bias``.
 
     Products are of the dtype of x, or under autocast of its dtype, norms of float32 (float64 for float64 inputs). v, g
@@ -41,7 +42,7 @@ def low_rank_linear(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
         bias: ``(O,)``, or ``(C, O)``.
 
     Returns:
-        ``(..., O)``, or ``(..., C, O)``, in the dtype of the products.
+        ``(..., O)``, or C times that, in the dtype of the products.
 
     Raises:
         ValueError: on shapes that do not fit, and on tensors that are not floating point.
@@ -60,62 +61,41 @@ def low_rank_linear(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
     dtype = autocast_dtype(x)
     x, v, g = x.to(dtype), v.to(dtype), g.to(dtype)
     bias = bias.to(at_least_float32(x))
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, v, g, bias))
-    shape = (*x.shape[:-1], *bias.shape)
+    shape = (*x.shape[:-1], bias.shape[-1])
     if not chunked:
         g, bias = g[None], bias[None]
     rows = x.reshape(-1, x.shape[-1])
+    parts: Sequence[Tensor]
     if backend.inlined(x):
-        return _plain(rows, v, g, bias).reshape(shape)
-    return _forward(rows, v, g, bias, keep)[0].view(shape)
+        parts = _plain(rows, v, g, bias).unbind()
+    elif _uses_onednn(rows):
+        parts = _OneDNN.apply(rows, v, g, bias)
+    else:
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, v, g, bias))
+        parts = _forward(rows, v, g, bias, keep)[0].unbind(1)
+    return tuple(part.view(shape) for part in parts) if chunked else parts[0].view(shape)
 
 
 def _plain(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor:
     """The same in operators that leave their inputs as they are, as exported programs have them."""
     z = (x @ v.mT).unflatten(1, g.shape[:2]).to(bias.dtype)
     n = F.normalize(z, dim=-1, eps=LEAST_NORM).to(x.dtype)
-    return torch.baddbmm(bias.to(x.dtype)[:, None], n.transpose(0, 1), g).transpose(0, 1)
+    return torch.baddbmm(bias.to(x.dtype)[:, None], n.transpose(0, 1), g)
 
 
-def _uses_onednn(x: Tensor) -> bool:
-    """Whether float32 products on a CPU are oneDNN's.
-
-    PyTorch's own are MKL's, which leaves the widest vectors of some processors unused (AMD's; benchmarks/low_rank.py
-    compares).
-    """
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _has_onednn()
+def _directions(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """n, perhaps in the memory of z, and in ``dtype`` max(|z|, 1e-12)."""
+    length = torch.linalg.vector_norm(z, dim=-1, dtype=dtype).clamp_(min=LEAST_NORM)
+    return (z.div_(length[..., None]) if z.dtype == dtype else (z / length[..., None]).to(z.dtype)), length
 
 
-@cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``."""
-    if not _uses_onednn(x):
-        return F.linear(x, weight, bias)
-    # It is slow, or wrong, for layouts other than these two.
-    x, weight = (t.contiguous() if t.stride(1) == 1 else t.mT.contiguous().mT for t in (x, weight))
-    bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _products(x: Tensor, weight: Tensor, bias: Tensor | None = None, chunk_axis: int = 0) -> Tensor:
-    """That of each chunk: ``(C, N, I), (C, O, I), (C, O) -> (C, N, O)``, or with the chunks along another axis."""
-    if _uses_onednn(x):
-        biases = [None] * len(x) if bias is None else bias
-        parts = [_product(*each) for each in zip(x, weight, biases, strict=True)]
-        return torch.stack(parts, chunk_axis) if len(parts) > 1 else parts[0].unsqueeze(chunk_axis)
-    shape = [x.shape[1], weight.shape[1]]
-    shape.insert(chunk_axis, len(x))
-    out = x.new_empty(shape)
-    by_chunk = out.movedim(chunk_axis, 0)
-    if bias is None:
-        torch.bmm(x, weight.mT, out=by_chunk)
-    else:
-        torch.baddbmm(bias[:, None], x, weight.mT, out=by_chunk)
-    return out
+def _through_norm(dn: Tensor, n: Tensor, length: Tensor) -> Tensor:
+    """dz, perhaps in the memory of dn."""
+    wide = dn.to(length.dtype)
+    along = (wide * n).sum(-1, keepdim=True)
+    # A vector that is shorter than the least norm is divided by that, and has no direction to keep.
+    along *= (length > LEAST_NORM)[..., None]
+    return wide.addcmul_(along, n.to(wide.dtype), value=-1).div_(length[..., None]).to(n.dtype)
 
 
 @torch.library.custom_op("avfast::low_rank_linear", mutates_args=())
@@ -125,10 +105,9 @@ def _forward(x: Tensor, v: Tensor, g: Tensor, bias: Tensor, keep: bool) -> tuple
         from avfast.kernels import low_rank_linear as kernels
 
         return kernels.forward(x, v, g, bias, keep)
-    z = _product(x, v).unflatten(1, g.shape[:2])
-    length = torch.linalg.vector_norm(z, dim=-1, dtype=bias.dtype).clamp_(min=LEAST_NORM)
-    n = z.div_(length[..., None]) if z.dtype == length.dtype else (z / length[..., None]).to(z.dtype)
-    out = _products(n.transpose(0, 1), g.mT, bias.to(x.dtype), chunk_axis=1)
+    n, length = _directions(F.linear(x, v).unflatten(1, g.shape[:2]), bias.dtype)
+    out = x.new_empty((len(x), g.shape[0], g.shape[2]))
+    torch.baddbmm(bias.to(x.dtype)[:, None], n.transpose(0, 1), g, out=out.transpose(0, 1))
     return (out, n, length) if keep else (out, *_nothing(x, g, bias))
 
 
@@ -156,14 +135,11 @@ def _backward(
 
         dz = kernels.backward(grad, g, n, length)
     else:
-        dz = _products(grad.transpose(0, 1), g, chunk_axis=1)
-        wide = dz.to(length.dtype)
-        along = (wide * n).sum(-1, keepdim=True)
-        # A vector that is shorter than the least norm is divided by that, and has no direction to keep.
-        along *= (length > LEAST_NORM)[..., None]
-        dz = wide.addcmul_(along, n.to(wide.dtype), value=-1).div_(length[..., None]).to(n.dtype)
-    dz, grad_g = dz.flatten(1), _products(n.permute(1, 2, 0), grad.permute(1, 2, 0))
-    return _product(dz, v.mT), _product(dz.mT, x.mT), grad_g, grad.sum(0, dtype=length.dtype)
+        dn = n.new_empty(n.shape)
+        torch.bmm(grad.transpose(0, 1), g.mT, out=dn.transpose(0, 1))
+        dz = _through_norm(dn, n, length)
+    dz, grad_g = dz.flatten(1), torch.bmm(n.permute(1, 2, 0), grad.transpose(0, 1))
+    return dz @ v, dz.mT @ x, grad_g, grad.sum(0, dtype=length.dtype)
 
 
 @_backward.register_fake
@@ -187,3 +163,48 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 
 
 register_autograd("low_rank_linear", _forward, _backward, _differentiate, _save)
+
+
+def _uses_onednn(x: Tensor) -> bool:
+    """Whether :class:`_OneDNN` runs and not the operator, which compilers, fake tensors and counters look for."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0 or not _HAS_ONEDNN:
+        return False
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return not watched and backend.which(x.device) == "reference"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` of matrices that are contiguous or the transpose of one: it is wrong for other layouts."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+class _OneDNN(torch.autograd.Function):
+    """The eager body with oneDNN's products, without the dispatcher, and with chunks that never lie in one tensor.
+
+    PyTorch's own products are MKL's, which leaves the widest vectors of some processors unused (AMD's); the rest takes
+    a CPU as long as a tenth of the products in small steps (benchmarks/low_rank.py compares).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        x, v, g, bias = x.contiguous(), v.contiguous(), g.contiguous(), bias.contiguous()
+        n, length = _directions(_linear(x, v).unflatten(1, g.shape[:2]), bias.dtype)
+        n = n.transpose(0, 1).contiguous()
+        ctx.save_for_backward(x, v, g, n, length)
+        return tuple(_linear(*each) for each in zip(n, g.mT, bias, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, v, g, n, length = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
+            return _backward(torch.stack(grads, 1), x, v, g, n.transpose(0, 1), length)
+        grads = tuple(grad.contiguous() for grad in grads)
+        dn = _stacked([_linear(grad, own) for grad, own in zip(grads, g, strict=True)], 1)
+        dz = _through_norm(dn, n.transpose(0, 1), length).flatten(1)
+        grad_g = _stacked([_linear(own.mT, grad.mT) for own, grad in zip(n, grads, strict=True)])
+        return _linear(dz, v.mT), _linear(dz.mT, x.mT), grad_g, _stacked([grad.sum(0) for grad in grads])
+
+
+def _stacked(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """One is not copied."""
+    return torch.stack(parts, dim) if len(parts) > 1 else parts[0].unsqueeze(dim)

@@ -199,6 +199,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, powers, scale = output
     ctx.save_for_backward(*inputs, powers, scale)
     ctx.mark_non_differentiable(powers, scale)
+    ctx.set_materialize_grads(False)  # the other two have none
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> Tensor:
