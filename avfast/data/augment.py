@@ -88,4 +88,6 @@ def resize_short_side(frames: Tensor, size: int) -> Tensor:
 
 
 def _in_parts(frames: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    if len(frames) <= _AT_A_TIME:
+        return change(frames)
     return torch.cat([change(part) for part in frames.split(_AT_A_TIME)])

@@ -140,14 +140,14 @@ def collate(samples: Sequence[Sample | Failure], *, spec: ClipSpec, num_classes:
     """
     good = [sample for sample in samples if isinstance(sample, Sample)]
     lengths = [0 if sample.waveform is None else len(sample.waveform) for sample in good]
-    waveform = _zeros((len(good), max(lengths, default=0)), torch.float32)
-    frames = _zeros((len(good), spec.num_frames, 3, spec.image_size, spec.image_size), torch.uint8)
+    waveform = _empty((len(good), max(lengths, default=0)), torch.float32)
+    frames = _empty((len(good), spec.num_frames, 3, spec.image_size, spec.image_size), torch.uint8)
     labels = torch.zeros(len(good), num_classes, dtype=torch.float32) if num_classes else None
     for row, sample in enumerate(good):
         if sample.waveform is not None:
             waveform[row, : lengths[row]] = sample.waveform
-        if isinstance(sample.frames, Tensor):
-            frames[row] = sample.frames
+        waveform[row, lengths[row] :] = 0.0
+        frames[row] = sample.frames if isinstance(sample.frames, Tensor) else 0
         if labels is not None:
             labels[row, list(sample.labels)] = 1.0
     return Batch(
@@ -175,13 +175,12 @@ def _by_value(value: Any) -> Any:
     return value.numpy() if small else value
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros; in a loader's worker in shared memory, as torch's own collating has them: to send them is no copy then."""
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """In a loader's worker in shared memory, as torch's own collating has it: to send it is no copy then."""
     size = math.prod(shape) * dtype.itemsize
     if get_worker_info() is None or not size:
-        return torch.zeros(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(size)  # a new file, so it holds zeros
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+        return torch.empty(shape, dtype=dtype)
+    return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage._new_shared(size)).view(shape)
 
 
 class Loader:

@@ -71,7 +71,7 @@ class ShardFile:
             samples = resample(samples.astype(np.float32), self._rate, sample_rate)
         first = round(start * sample_rate)
         end = len(samples) if seconds is None else first + round(seconds * sample_rate)
-        return torch.from_numpy(samples[first:end].astype(np.float32)).mul_(2.0**-15)
+        return torch.from_numpy(np.multiply(samples[first:end], 2.0**-15, dtype=np.float32))  # in one pass
 
     def frames(self, times: Sequence[float]) -> Tensor | None:
         """The stored frame nearest to each of ``times``: (len(times), height, width, 3) uint8 RGB, None without any."""
