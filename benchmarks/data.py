@@ -5,8 +5,8 @@
 Ten seconds of video each, made by the writer of the demo clips: H.264 with a key frame every second, AAC at 44.1 kHz;
 and the same pictures with the settings that x264 has of its own, which most files are nearer to (`640x360-x264`).
 The window and the frame are AVSiam's, the augmentation that of training. `one core` reads in the benchmark's own
-process, `two workers` in two others; `training` is the training loop with a model and a front end that compute nothing,
-`training, two workers` the same with two. Times are per clip: CPU time of what happens in one process, else wall time.
+process, `one worker` and `two workers` in others; `training` is the training loop with a model and a front end that
+compute nothing, also with workers. Times are per clip: CPU time of what happens in one process, else wall time.
 The gate compares what is stored with the media: the audio of a window, and frames at the times of those stored.
 """
 

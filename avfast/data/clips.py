@@ -176,7 +176,7 @@ def _by_value(value: Any) -> Any:
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """In a loader's worker in shared memory, as torch's own collating has it: to send it is no copy then."""
+    """Memory to write to: in a loader's worker shared, as torch's own collating has it, so that sending is no copy."""
     size = math.prod(shape) * dtype.itemsize
     if get_worker_info() is None or not size:
         return torch.empty(shape, dtype=dtype)
