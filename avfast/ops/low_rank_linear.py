@@ -42,7 +42,7 @@ def low_rank_linear(x: Tensor, v: Tensor, g: Tensor, bias: Tensor) -> Tensor | t
         bias: ``(O,)``, or ``(C, O)``.
 
     Returns:
-        ``(..., O)``, or C times that, in the dtype of the products.
+        ``(..., O)``, or with a third dimension of g a tuple of C of them, in the dtype of the products.
 
     Raises:
         ValueError: on shapes that do not fit, and on tensors that are not floating point.
@@ -181,8 +181,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _OneDNN(torch.autograd.Function):
     """The eager body with oneDNN's products, without the dispatcher, and with chunks that never lie in one tensor.
 
-    PyTorch's own products are MKL's, which leaves the widest vectors of some processors unused (AMD's); the rest takes
-    a CPU as long as a tenth of the products in small steps (benchmarks/low_rank.py compares).
+    PyTorch's own products are MKL's, which leaves the widest vectors of some processors unused (AMD's); in small steps
+    dispatcher and copies count beside the products (benchmarks/low_rank.py and benchmarks/avbert.py compare).
+    ``forward`` has x as rows ``(T, I)`` and the shapes of C chunks, and gives C times ``(T, O)``.
     """
 
     @staticmethod
@@ -206,5 +207,5 @@ class _OneDNN(torch.autograd.Function):
 
 
 def _stacked(parts: list[Tensor], dim: int = 0) -> Tensor:
-    """One is not copied."""
+    """``torch.stack`` that does not copy what is alone."""
     return torch.stack(parts, dim) if len(parts) > 1 else parts[0].unsqueeze(dim)
